@@ -1,0 +1,31 @@
+"""The named feature maps phi, as plain PyTorch: what the kernels' fused maps must compute."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+
+def identity(x: torch.Tensor) -> torch.Tensor:
+    """`x`: the caller has applied a map already, or wants none."""
+    return x
+
+
+def elu1(x: torch.Tensor) -> torch.Tensor:
+    """`elu(x) + 1`, positive everywhere (Katharopoulos et al., 2020; LinFusion, MLLA, RALA).
+
+    Written as exp(x) for x <= 0, which keeps the digits that exp(x) - 1 + 1 loses.
+    """
+    return torch.where(x > 0, x + 1, torch.exp(x.clamp(max=0)))
+
+
+def relu(x: torch.Tensor) -> torch.Tensor:
+    """`max(x, 0)` (SANA, EfficientViT)."""
+    return F.relu(x)
+
+
+FEATURE_MAPS: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
+    None: identity,
+    "elu1": elu1,
+    "relu": relu,
+}

@@ -1,0 +1,30 @@
+"""Feature maps inside the kernels: phi(x) and its derivative, elementwise on a loaded tile.
+
+The specification of each map is the function of the same name in `fbila.ops.feature_maps`.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def feature(x, FEATURE_MAP: tl.constexpr):
+    """phi(x) for a tile `x` that is already in the accumulation type."""
+    if FEATURE_MAP == "elu1":
+        return tl.where(x > 0, x + 1.0, tl.exp(x))
+    elif FEATURE_MAP == "relu":
+        # Written with x < 0 so that NaN passes through, as it does in torch.relu.
+        return tl.where(x < 0, 0.0, x)
+    else:
+        return x
+
+
+@triton.jit
+def feature_gradient(dphi, x, FEATURE_MAP: tl.constexpr):
+    """dphi * phi'(x). A select, not a product, where phi' is 0: 0 * inf would be NaN."""
+    if FEATURE_MAP == "elu1":
+        return tl.where(x > 0, dphi, dphi * tl.exp(x))
+    elif FEATURE_MAP == "relu":
+        return tl.where(x > 0, dphi, 0.0)
+    else:
+        return dphi

@@ -1,0 +1,72 @@
+"""Block sizes and splits: pure functions of shape and dtype, so results never depend on timing."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+# The widest tile of a head dim, by bytes of an element: (tile, tile) accumulators must fit in
+# the registers of one program, and float32 and float64 take two and four times the room.
+WIDEST_TILE = {2: 128, 4: 64, 8: 32}
+# Programs that keep a large GPU busy: a few for each of its hundred-odd multiprocessors.
+ENOUGH_PROGRAMS = 1024
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How one (dtype, K, V) is cut: `tiles_k` x `tiles_v` tiles of `block_k` x `block_v`."""
+
+    block_tokens: int
+    block_k: int
+    block_v: int
+    tiles_k: int
+    tiles_v: int
+    num_warps: int
+    acc_dtype: torch.dtype
+    precision: str
+
+    @staticmethod
+    @cache
+    def of(dtype: torch.dtype, K: int, V: int) -> "Tiling":
+        widest = WIDEST_TILE[dtype.itemsize]
+        block_k = max(16, min(widest, triton.next_power_of_2(K)))
+        block_v = max(16, min(widest, triton.next_power_of_2(V)))
+        return Tiling(
+            block_tokens=64 if dtype.itemsize == 2 else 32,
+            block_k=block_k,
+            block_v=block_v,
+            tiles_k=triton.cdiv(K, block_k),
+            tiles_v=triton.cdiv(V, block_v),
+            num_warps=8 if block_k * block_v > 64 * 64 else 4,
+            acc_dtype=torch.float64 if dtype == torch.float64 else torch.float32,
+            # float32 means float32: tf32 would keep 10 bits of 23.
+            precision="ieee",
+        )
+
+    @staticmethod
+    def acc(dtype: torch.dtype) -> tl.dtype:
+        """The Triton type that sums of `dtype` are kept in."""
+        return tl.float64 if dtype == torch.float64 else tl.float32
+
+    def split(self, tokens: int) -> tuple[int, int]:
+        """(tokens a program sums, number of programs) for a sum over `tokens`.
+
+        At least 512 tokens each, so that writing the partial sums stays small beside reading the
+        tokens, and at most 32 programs (8 where a head's state is cut into tiles, whose partial
+        sums are large). B and H must not enter: see `kernels.state`.
+        """
+        most = 32 if self.tiles_k * self.tiles_v == 1 else 8
+        chunk = max(512, triton.cdiv(tokens, most))
+        chunk = triton.cdiv(chunk, self.block_tokens) * self.block_tokens
+        return chunk, triton.cdiv(tokens, chunk)
+
+    def run(self, rows: int, tokens: int) -> tuple[int, int]:
+        """(tokens a program maps, programs a row) where every token's result is its own.
+
+        Longer runs load the state less often; they stop where programs would become few.
+        """
+        blocks = triton.cdiv(tokens, self.block_tokens)
+        run = max(1, min(8, rows * blocks // ENOUGH_PROGRAMS))
+        return run * self.block_tokens, triton.cdiv(blocks, run)
