@@ -5,13 +5,12 @@ grows with the number of tokens.
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .library import LIBRARY
 
 
 class LinearAttn(torch.autograd.Function):
-    """`fbila::linear_attn` with its gradient; gradients of gradients are refused."""
+    """`fbila::linear_attn` and its gradient."""
 
     @staticmethod
     def forward(ctx, q, k, v, feature_map, normalizer, scale, eps):
@@ -22,7 +21,6 @@ class LinearAttn(torch.autograd.Function):
         return o
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do):
         q, k, v, state = ctx.saved_tensors
         need_q, need_k, need_v = ctx.needs_input_grad[:3]
@@ -37,8 +35,31 @@ class LinearAttn(torch.autograd.Function):
         )  # fmt: skip
 
 
-def linear_attn_autograd(q, k, v, feature_map, normalizer, scale, eps):
+class LinearAttnBackward(torch.autograd.Function):
+    """`fbila::linear_attn_backward`, whose own gradient is refused rather than silently zero."""
+
+    @staticmethod
+    def forward(ctx, do, q, k, v, state, *options):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.fbila.linear_attn_backward(do, q, k, v, state, *options)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            "linear_attn and simple_la cannot be differentiated twice by their kernels. Pass "
+            "impl='reference' for gradients of gradients."
+        )
+
+
+def linear_attn(q, k, v, feature_map, normalizer, scale, eps):
     return LinearAttn.apply(q, k, v, feature_map, normalizer, scale, eps)
 
 
-LIBRARY.impl("linear_attn", linear_attn_autograd, "Autograd")
+def linear_attn_backward(do, q, k, v, state, feature_map, normalizer, scale, eps, needs_grad):
+    return LinearAttnBackward.apply(
+        do, q, k, v, state, feature_map, normalizer, scale, eps, needs_grad
+    )
+
+
+LIBRARY.impl("linear_attn", linear_attn, "Autograd")
+LIBRARY.impl("linear_attn_backward", linear_attn_backward, "Autograd")

@@ -100,12 +100,12 @@ def check_feature_map(feature_map: str | None) -> None:
 def check_normalizer(normalizer: str, eps: float) -> None:
     if normalizer not in NORMALIZERS:
         raise ValueError(f"normalizer must be 'mean' or 'sum', got {normalizer!r}.")
-    if not (math.isfinite(eps) and eps >= 0):
+    if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be finite and not negative, got {eps!r}.")
 
 
 def check_scale(scale: float) -> None:
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale!r}.")
 
 
@@ -116,7 +116,7 @@ def check_unavailable(**options: object) -> None:
             raise NotImplementedError(f"{name} is not implemented yet; pass {name}=None.")
 
 
-def choose_implementation(impl: str | None, device: torch.device) -> str:
+def choose_implementation(impl: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """'triton' on CUDA, else 'reference'; an explicit request is honoured or refused."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be None, 'triton' or 'reference', got {impl!r}.")
@@ -129,5 +129,10 @@ def choose_implementation(impl: str | None, device: torch.device) -> str:
                 f"impl='triton' needs CUDA tensors, got device={str(device)!r}. Pass impl=None to "
                 "use PyTorch there, or set TRITON_INTERPRET=1 before Python starts to run the "
                 "kernels on the CPU, slowly."
+            )
+        if interpreted and dtype == torch.bfloat16:
+            raise TypeError(
+                "Triton's interpreter computes bfloat16 wrongly. Pass impl='reference', or use "
+                "float16, float32 or float64 with impl='triton' on the CPU."
             )
     return impl

@@ -14,9 +14,10 @@ def identity(x: torch.Tensor) -> torch.Tensor:
 def elu1(x: torch.Tensor) -> torch.Tensor:
     """`elu(x) + 1`, positive everywhere (Katharopoulos et al., 2020; LinFusion, MLLA, RALA).
 
-    Written as exp(x) for x <= 0, which keeps the digits that exp(x) - 1 + 1 loses.
+    Written as exp(x) for x <= 0, which keeps the digits that exp(x) - 1 + 1 loses; the inner
+    `where` keeps exp, and with it the gradient, from overflowing where it is not used.
     """
-    return torch.where(x > 0, x + 1, torch.exp(x.clamp(max=0)))
+    return torch.where(x > 0, x + 1, torch.exp(torch.where(x > 0, 0, x)))
 
 
 def relu(x: torch.Tensor) -> torch.Tensor:

@@ -77,7 +77,7 @@ def linear_attn(
     check_normalizer(normalizer, eps)
     q, k, v = _autocast(q, k, v)
     check_tensors(q, k, v)
-    if choose_implementation(impl, q.device) == "reference":
+    if choose_implementation(impl, q.device, q.dtype) == "reference":
         return linear_attn_reference(q, k, v, feature_map, normalizer, eps)
     return torch.ops.fbila.linear_attn(q, k, v, feature_map or "none", normalizer, 1.0, eps)
 
@@ -131,7 +131,7 @@ def simple_la(
     check_tensors(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     check_scale(scale)
-    if choose_implementation(impl, q.device) == "reference":
+    if choose_implementation(impl, q.device, q.dtype) == "reference":
         return simple_la_reference(q, k, v, feature_map, scale)
     return torch.ops.fbila.linear_attn(q, k, v, feature_map or "none", "none", scale, 0.0)
 
@@ -139,7 +139,10 @@ def simple_la(
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Cast to the autocast dtype inside `torch.autocast`; float64 is left alone there."""
     first = tensors[0]
-    if not (isinstance(first, torch.Tensor) and torch.is_autocast_enabled(first.device.type)):
+    # Autocast does not know the meta device.
+    if not isinstance(first, torch.Tensor) or first.device.type == "meta":
+        return tensors
+    if not torch.is_autocast_enabled(first.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(

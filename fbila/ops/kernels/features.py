@@ -20,11 +20,15 @@ def feature(x, FEATURE_MAP: tl.constexpr):
 
 
 @triton.jit
-def feature_gradient(dphi, x, FEATURE_MAP: tl.constexpr):
-    """dphi * phi'(x). A select, not a product, where phi' is 0: 0 * inf would be NaN."""
+def feature_gradient(dphi, phi, FEATURE_MAP: tl.constexpr):
+    """dphi * phi'(x), from `phi` = phi(x): both maps tell their slope by their value.
+
+    A select, not a product, where phi' is 0: 0 * inf would be NaN. A NaN in x leaves relu's
+    dphi as it is, as in PyTorch.
+    """
     if FEATURE_MAP == "elu1":
-        return tl.where(x > 0, dphi, dphi * tl.exp(x))
+        return tl.where(phi >= 1, dphi, dphi * phi)
     elif FEATURE_MAP == "relu":
-        return tl.where(x > 0, dphi, 0.0)
+        return tl.where(phi <= 0, 0.0, dphi)
     else:
         return dphi

@@ -11,16 +11,16 @@ import triton
 import triton.language as tl
 
 from .features import feature, feature_gradient
-from .tiles import FP64, load_key_sum, load_state_tile, load_tile, store_tile, to_operand
+from .tiles import load_key_sum, load_state_tile, load_tile, store_tile, to_operand
 from .tiling import Tiling
 
 
-@triton.jit(do_not_specialize=["M", "run"])
+@triton.jit(do_not_specialize=["M", "run", "runs"])
 def grad_key_kernel(
     k, v, dstate, dk, dv,
     stride_kb, stride_kh, stride_km, stride_kd, stride_vb, stride_vh, stride_vm, stride_vd,
     stride_fb, stride_fh, stride_fm, stride_fd, stride_gb, stride_gh, stride_gm, stride_gd,
-    factor: FP64,
+    factor: "fp64",
     H, M, run, runs,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -56,12 +56,12 @@ def grad_key_kernel(
     for i_m in range(start, tl.minimum(start + run, M), BLOCK_M):
         o_m = i_m + tl.arange(0, BLOCK_M)
         m_m = o_m < M
-        b_k = load_tile(k, o_m, stride_km, o_k, stride_kd, m_m, m_k).to(ACC)
+        b_k = load_tile(k, o_m, stride_km, o_k, stride_kd, m_m, m_k)
+        b_f = feature(b_k.to(ACC), FEATURE_MAP)
 
         if TILES_K * TILES_V == 1:
             b_v = load_tile(v, o_m, stride_vm, o_v, stride_vd, m_m, m_v)
-            b_f = feature(b_k, FEATURE_MAP).to(dtype)
-            b_dv = tl.dot(b_f, b_ds, input_precision=PRECISION, out_dtype=ACC) * ds_scale
+            b_dv = tl.dot(b_f.to(dtype), b_ds, input_precision=PRECISION, out_dtype=ACC) * ds_scale
             b_df = tl.dot(b_v, tl.trans(b_ds), input_precision=PRECISION, out_dtype=ACC) * ds_scale
         else:
             b_dv = tl.zeros((BLOCK_M, BLOCK_V), dtype=ACC)
@@ -85,7 +85,7 @@ def grad_key_kernel(
                 )
         if NORMALIZE:
             b_df += b_dz[None, :]
-        b_dk = feature_gradient(b_df, b_k, FEATURE_MAP)
+        b_dk = feature_gradient(b_df, b_f, FEATURE_MAP)
         store_tile(dk, b_dk, o_m, stride_fm, o_k, stride_fd, m_m, m_k)
         store_tile(dv, b_dv, o_m, stride_gm, o_v, stride_gd, m_m, m_v)
 
@@ -103,7 +103,7 @@ def launch_grad_key(
     """Fill `dk` and `dv` from the gradient `dstate` of the scaled state."""
     B, H, M, K = k.shape
     V = v.shape[-1]
-    tiling = Tiling.of(k.dtype, K, V)
+    tiling = Tiling.of("grad_key", k.dtype, K, V)
     run, runs = tiling.run(B * H, M)
     grad_key_kernel[(B * H * runs, max(tiling.tiles_k, tiling.tiles_v))](
         k, v, dstate, dk, dv, *k.stride(), *v.stride(), *dk.stride(), *dv.stride(),
@@ -111,5 +111,6 @@ def launch_grad_key(
         K=K, V=V, BLOCK_M=tiling.block_tokens, BLOCK_K=tiling.block_k, BLOCK_V=tiling.block_v,
         TILES_K=tiling.tiles_k, TILES_V=tiling.tiles_v,
         FEATURE_MAP=feature_map, NORMALIZE=normalize,
-        ACC=Tiling.acc(k.dtype), PRECISION=tiling.precision, num_warps=tiling.num_warps,
+        ACC=Tiling.acc(k.dtype), PRECISION=tiling.precision,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip

@@ -9,15 +9,15 @@ import triton
 import triton.language as tl
 
 from .features import feature
-from .tiles import FP64, load_key_sum, load_state_tile, load_tile, store_tile, to_operand
+from .tiles import load_key_sum, load_state_tile, load_tile, store_tile, to_operand
 from .tiling import Tiling
 
 
-@triton.jit(do_not_specialize=["N", "run"])
+@triton.jit(do_not_specialize=["N", "run", "runs"])
 def output_kernel(
     q, state, o,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_ob, stride_oh, stride_on, stride_od,
-    factor: FP64, eps: FP64,
+    factor: "fp64", eps: "fp64",
     H, N, run, runs,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILES_K: tl.constexpr,
@@ -60,11 +60,10 @@ def output_kernel(
                     b_z = load_key_sum(state, factor, i_k, K, V, BLOCK_K)
             o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
             b_q = load_tile(q, o_n, stride_qn, o_k, stride_qd, m_n, o_k < K)
-            b_f = feature(b_q.to(ACC), FEATURE_MAP).to(dtype)
-            b_o += tl.dot(b_f, b_s, input_precision=PRECISION, out_dtype=ACC) * s_scale
+            b_f = feature(b_q.to(ACC), FEATURE_MAP)
+            b_o += tl.dot(b_f.to(dtype), b_s, input_precision=PRECISION, out_dtype=ACC) * s_scale
             if NORMALIZE:
-                # From the rounded features, as the numerator: their rounding cancels.
-                b_den += tl.sum(b_f.to(ACC) * b_z[None, :], 1)
+                b_den += tl.sum(b_f * b_z[None, :], 1)
         if NORMALIZE:
             b_o = b_o / b_den[:, None]
         store_tile(o, b_o, o_n, stride_on, o_v, stride_od, m_n, m_v)
@@ -82,11 +81,12 @@ def launch_output(
     """Fill `o` from `q` and `state`; `factor` scales S and z, `eps` is added after."""
     B, H, N, K = q.shape
     V = o.shape[-1]
-    tiling = Tiling.of(q.dtype, K, V)
+    tiling = Tiling.of("output", q.dtype, K, V)
     run, runs = tiling.run(B * H, N)
     output_kernel[(B * H * runs, tiling.tiles_v)](
         q, state, o, *q.stride(), *o.stride(), factor, eps, H, N, run, runs,
         K=K, V=V, BLOCK_N=tiling.block_tokens, BLOCK_K=tiling.block_k, BLOCK_V=tiling.block_v,
         TILES_K=tiling.tiles_k, FEATURE_MAP=feature_map, NORMALIZE=normalize,
-        ACC=Tiling.acc(q.dtype), PRECISION=tiling.precision, num_warps=tiling.num_warps,
+        ACC=Tiling.acc(q.dtype), PRECISION=tiling.precision,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip

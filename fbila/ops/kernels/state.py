@@ -16,7 +16,7 @@ from .tiles import load_tile
 from .tiling import Tiling
 
 
-@triton.jit(do_not_specialize=["M", "chunk"])
+@triton.jit(do_not_specialize=["M", "chunk", "splits"])
 def state_kernel(
     k, v, partial,
     stride_kb, stride_kh, stride_km, stride_kd, stride_vb, stride_vh, stride_vm, stride_vd,
@@ -49,10 +49,11 @@ def state_kernel(
         b_k = load_tile(k, o_m, stride_km, o_k, stride_kd, m_m, m_k)
         b_v = load_tile(v, o_m, stride_vm, o_v, stride_vd, m_m, m_v)
         # phi(0) is not 0 for every map, so rows beyond the end are cleared after it.
-        b_f = tl.where(m_m[:, None], feature(b_k.to(ACC), FEATURE_MAP), 0.0).to(b_k.dtype)
-        b_kv = tl.dot(tl.trans(b_f), b_v, b_kv, input_precision=PRECISION, out_dtype=ACC)
+        b_f = tl.where(m_m[:, None], feature(b_k.to(ACC), FEATURE_MAP), 0.0)
+        b_a = tl.trans(b_f.to(b_k.dtype))
+        b_kv = tl.dot(b_a, b_v, b_kv, input_precision=PRECISION, out_dtype=ACC)
         if NORMALIZE:
-            b_z += b_f.to(ACC)
+            b_z += b_f
 
     partial += i_bhs * (K * V + K)
     mask = m_k[:, None] & m_v[None, :]
@@ -61,7 +62,7 @@ def state_kernel(
         tl.store(partial + K * V + o_k, tl.sum(b_z, 0), mask=m_k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def sum_splits_kernel(partial, state, splits, SIZE: tl.constexpr, BLOCK: tl.constexpr,
                       ACC: tl.constexpr):  # fmt: skip
     blocks = (SIZE + BLOCK - 1) // BLOCK
@@ -92,13 +93,14 @@ def launch_state(
     """State `(B * H, K * V + K)` of k and v; z is 0 if not `normalize`."""
     B, H, M, K = k.shape
     V = v.shape[-1]
-    tiling = Tiling.of(k.dtype, K, V)
+    tiling = Tiling.of("state", k.dtype, K, V)
     chunk, splits = tiling.split(M)
     partial = k.new_empty(B * H, splits, K * V + K, dtype=tiling.acc_dtype)
     state_kernel[(B * H * splits, tiling.tiles_k * tiling.tiles_v)](
         k, v, partial, *k.stride(), *v.stride(), H, M, chunk, splits,
         K=K, V=V, BLOCK_M=tiling.block_tokens, BLOCK_K=tiling.block_k, BLOCK_V=tiling.block_v,
         FEATURE_MAP=feature_map, NORMALIZE=normalize,
-        ACC=Tiling.acc(k.dtype), PRECISION=tiling.precision, num_warps=tiling.num_warps,
+        ACC=Tiling.acc(k.dtype), PRECISION=tiling.precision,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip
     return sum_splits(partial)

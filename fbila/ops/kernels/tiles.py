@@ -3,9 +3,6 @@
 import triton
 import triton.language as tl
 
-# The annotation of a scalar argument that must not be rounded to float32 on its way in.
-FP64 = "fp64"
-
 
 @triton.jit
 def load_tile(pointer, rows, row_stride, columns, column_stride, row_mask, column_mask):
