@@ -1,0 +1,76 @@
+"""A feature map that is fused into the kernels equals the map applied first."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    DTYPES,
+    Variant,
+    assert_accurate,
+    assert_in_budget,
+    eager,
+    make_qkv,
+    run,
+    term_sizes,
+)
+
+MAPS = {"elu1": lambda x: F.elu(x) + 1, "relu": F.relu}
+
+each_map = pytest.mark.parametrize("feature_map", MAPS)
+each_normalizer = pytest.mark.parametrize("normalizer", ["mean", "sum", None])
+
+
+@each_map
+@each_normalizer
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_fused_equals_applied_first(normalizer, feature_map, dtype):
+    fused = Variant(normalizer, feature_map)
+    q, k, v, do = make_qkv((1, 2, 40, 70, 17, 8), dtype, variant=fused)
+    phi = MAPS[feature_map]
+    actual = run(fused, q, k, v, do)
+    applied = run(lambda q, k, v: Variant(normalizer)(phi(q), phi(k), v), q, k, v, do)
+    wide = [x.double() for x in (q, k, v, do)]
+    truth = run(lambda *x: eager(*x, fused), *wide)
+    sizes = term_sizes(q, k, v, do, fused)
+    for i, name in enumerate(["o", "dq", "dk", "dv"]):
+        assert_in_budget(actual[i], applied[i], truth[i], sizes[i], backward=i > 0, name=name)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_fused_relu_is_exact(dtype):
+    q, k, v, do = make_qkv((1, 2, 40, 70, 17, 8), dtype)
+    applied = run(lambda q, k, v: Variant("mean")(q.relu(), k.relu(), v), q, k, v, do)
+    for fused, first in zip(run(Variant("mean", "relu"), q, k, v, do), applied, strict=True):
+        assert torch.equal(fused, first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normalizer", ["mean", None])
+def test_elu1_keeps_the_digits_of_very_negative_inputs(normalizer, dtype):
+    # exp(x) - 1 + 1 would be 0 below -17 in float32 and below -8 in float16.
+    q, k, v, _ = make_qkv((1, 1, 20, 30, 16, 8), dtype)
+    q, k = q - 8, k - 5
+    elu1 = Variant(normalizer, "elu1", eps=0.0)
+    phi_q, phi_k = (torch.where(x > 0, x + 1, x.exp()) for x in (q.double(), k.double()))
+    truth = eager(phi_q, phi_k, v.double(), Variant(normalizer, eps=0.0))
+    assert_in_budget(elu1(q, k, v), elu1(q, k, v, impl="reference"), truth, truth, backward=False)
+
+
+@each_map
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_inputs_do_not_overflow_the_exponential(feature_map, dtype):
+    variant = Variant("mean", feature_map)
+    q, k, v, do = make_qkv((1, 1, 20, 30, 16, 8), dtype)
+    assert_accurate(q * 100, k * 100, v, do, variant)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("variant", [Variant("mean", "relu"), Variant(None, "elu1")])
+def test_gradient_at_zero_is_that_of_the_reference(variant, dtype):
+    q, k, v, do = make_qkv((1, 1, 20, 30, 16, 8), dtype)
+    q[..., ::3] = 0
+    k[..., ::2] = 0
+    assert_accurate(q, k, v, do, variant)
+    if variant.feature_map == "relu":
+        dq, dk = run(variant, q, k, v, do)[1:3]
+        assert not dq[..., ::3].any() and not dk[..., ::2].any()
