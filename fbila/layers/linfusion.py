@@ -1,0 +1,114 @@
+"""LinFusion's token mixer: linear attention with non-linear query and key projections.
+
+    F(x) = W_2 LeakyReLU(LayerNorm(W_1 x + b_1)) + b_2        one for queries, one for keys
+    q = elu(W_q (x + F_q(x))) + 1      k = elu(W_k (x + F_k(x))) + 1      v = W_v x
+    o_i = q_i mean_j(k_j^T v_j) / (q_i . mean_j(k_j) + 1e-4)              y = W_o o + b_o
+
+x, y: `(B, N, C)`. Liu et al., "LinFusion: 1 GPU, 1 Minute, 16K Image", https://arxiv.org/abs/2409.02097.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import linear_attn
+
+EPS = 1e-4
+
+
+def nonlinear_projection(
+    dim: int, mid_dim: int | None = None, *, device: Any = None, dtype: Any = None
+) -> nn.Module:
+    """F, `(..., dim)` to `(..., dim)`, with parameters under the names `0`, `1` and `3`.
+
+    Args:
+        dim: Channels.
+        mid_dim: Width between the two linear maps. None means `dim`; -1 means that F is the
+            identity, so that a projection sees x + x, which is how the published code reads -1.
+    """
+    if mid_dim == -1:
+        return nn.Identity()
+    factory = {"device": device, "dtype": dtype}
+    mid_dim = dim if mid_dim is None else mid_dim
+    return nn.Sequential(
+        nn.Linear(dim, mid_dim, **factory),
+        nn.LayerNorm(mid_dim, **factory),
+        nn.LeakyReLU(inplace=True),
+        nn.Linear(mid_dim, dim, **factory),
+    )
+
+
+class GeneralizedLinearAttention(nn.Module):
+    """The attention layer of LinFusion, `(B, N, C)` to `(B, N, C)`.
+
+    Parameters bear the names of the published checkpoints: `to_q`, `to_k`, `to_v`, `to_out.0`, and
+    F_q and F_k as `to_q_` and `to_k_`.
+
+    Args:
+        dim: Channels C.
+        num_heads: Heads; must divide `dim`.
+        projection_mid_dim: Width inside F, see `nonlinear_projection`.
+
+    Raises:
+        ValueError: If `num_heads` does not divide `dim`.
+
+    Example:
+        >>> import torch
+        >>> layer = GeneralizedLinearAttention(64, num_heads=4)
+        >>> layer(torch.randn(2, 100, 64)).shape
+        torch.Size([2, 100, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        projection_mid_dim: int | None = None,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads must divide dim, got dim={dim} and num_heads={num_heads}")
+        factory = {"device": device, "dtype": dtype}
+        self.heads = num_heads
+        self.to_q = nn.Linear(dim, dim, bias=False, **factory)
+        self.to_k = nn.Linear(dim, dim, bias=False, **factory)
+        self.to_v = nn.Linear(dim, dim, bias=False, **factory)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim, **factory), nn.Dropout(0.0)])
+        self.to_q_ = nonlinear_projection(dim, projection_mid_dim, **factory)
+        self.to_k_ = nonlinear_projection(dim, projection_mid_dim, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mixes the tokens of `x` `(B, N, C)`."""
+        query = self.to_q(x + self.to_q_(x))
+        key = self.to_k(x + self.to_k_(x))
+        value = self.to_v(x)
+        # (B, N, C) -> (B, H, N, D) views, which the op reads in place.
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
+        out = linear_attn(q, k, v, feature_map="elu1", eps=EPS, normalizer="mean")
+        project, dropout = self.to_out
+        return dropout(project(out.transpose(1, 2).flatten(2)))
+
+    @torch.no_grad()
+    def start_from(self, softmax_attention: Any) -> None:
+        """Takes over the projections of a softmax attention layer, with F starting as nothing.
+
+        The last linear map of F becomes zero, so that the layer begins as linear attention over
+        the very queries, keys and values that the softmax layer was trained with.
+
+        Args:
+            softmax_attention: A layer with `to_q`, `to_k`, `to_v` `(C, C)` and `to_out[0]`.
+        """
+        self.to_v.weight.copy_(softmax_attention.to_v.weight)
+        self.to_out[0].load_state_dict(softmax_attention.to_out[0].state_dict())
+        for name, nonlinear in (("to_q", self.to_q_), ("to_k", self.to_k_)):
+            weight = getattr(self, name).weight
+            weight.copy_(getattr(softmax_attention, name).weight)
+            if isinstance(nonlinear, nn.Sequential):
+                for parameter in nonlinear[3].parameters():
+                    parameter.zero_()
+            else:
+                weight.mul_(0.5)  # with the identity the projection is given x + x
