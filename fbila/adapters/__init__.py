@@ -1,0 +1,41 @@
+"""Putting fbila's layers into other people's models, and taking them out again.
+
+Whatever touches a host library is imported on first use, so that this package can be imported
+without one.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .report import AdapterError, Entry, SwapReport
+from .swap import SwapHandle, get_handle, unswap
+
+if TYPE_CHECKING:
+    from .diffusers import plan
+    from .linfusion import LinFusion
+
+__all__ = [
+    "AdapterError",
+    "Entry",
+    "LinFusion",
+    "SwapHandle",
+    "SwapReport",
+    "get_handle",
+    "plan",
+    "unswap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LinFusion":
+        from .linfusion import LinFusion
+
+        return LinFusion
+    if name == "plan":
+        from .diffusers import plan
+
+        return plan
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,305 @@
+"""LinFusion: linear attention for the UNets of Stable Diffusion, put in and out in one line.
+
+    linfusion = LinFusion.construct_for(pipeline)  # finds the weights, replaces attn1 everywhere
+    with linfusion.disabled(): ...                 # the softmax model, bit for bit
+    linfusion.unmount()                            # the same modules again
+
+Checkpoints are those of the paper's code: config.json with `modules_list`, and tensors named
+`{index in modules_list}.to_q.weight` and so on.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .diffusers import plan, require_match, resolve_model
+from .host import host
+from .linfusion_checks import require_fit, require_usable
+from .linfusion_weights import find_weights
+from .report import AdapterError, SwapReport
+from .swap import SwapHandle, get_handle, placement, swap_modules
+from .unet_attention import LinFusionAttention
+
+with host("diffusers"):
+    from diffusers import ConfigMixin, ModelMixin
+    from diffusers.configuration_utils import register_to_config
+
+_KEY = re.compile(
+    r"\d+\.(to_[qkv]\.weight|to_out\.0\.(weight|bias)|to_[qk]_\.[013]\.(weight|bias))"
+)
+
+
+class LinFusion(ModelMixin, ConfigMixin):
+    """The linear attention layers for one UNet, with their own weights.
+
+    Args:
+        modules_list: One dict a layer: `module_name` (its path in the UNet), `dim_n` (channels),
+            `heads`, and `projection_mid_dim` (None: as `dim_n`; -1: no non-linear projection).
+
+    Raises:
+        AdapterError: If there are no layers, as when the configuration is another model's.
+    """
+
+    @register_to_config
+    def __init__(self, modules_list: Sequence[dict[str, Any]] = ()) -> None:
+        super().__init__()
+        if not modules_list:
+            raise AdapterError("This is no LinFusion: its configuration has no modules_list.")
+        for index, layer in enumerate(modules_list):
+            self.add_module(
+                str(index),
+                LinFusionAttention(
+                    layer["dim_n"],
+                    layer["heads"],
+                    layer["projection_mid_dim"],
+                    name=layer["module_name"],
+                ),
+            )
+        self._handle: SwapHandle | None = None
+
+    @classmethod
+    def get_default_config(
+        cls, pipeline: Any = None, unet: Any = None, *, mid_dim_scale: int | None = None
+    ) -> dict[str, Any]:
+        """The constructor arguments for a UNet: one layer for every spatial self-attention.
+
+        Args:
+            pipeline: A pipeline with a UNet; or
+            unet: the UNet itself.
+            mid_dim_scale: The non-linear projections' width is `dim_n // mid_dim_scale`; None means
+                `dim_n`. The published SDXL weights have 16.
+
+        Raises:
+            AdapterError: If there is no UNet, or no such attention in it.
+        """
+        report = plan(pipeline if unet is None else unet)
+        require_match(report)
+        modules_list = []
+        for entry in report.swapped:
+            dim = entry.heads * entry.head_dim
+            modules_list.append(
+                {
+                    "module_name": entry.name,
+                    "dim_n": dim,
+                    "heads": entry.heads,
+                    "projection_mid_dim": dim // mid_dim_scale if mid_dim_scale else None,
+                }
+            )
+        return {"modules_list": modules_list}
+
+    @classmethod
+    def construct_for(
+        cls,
+        pipeline: Any = None,
+        unet: Any = None,
+        load_pretrained: bool = True,
+        pretrained_model_name_or_path: str | Path | None = None,
+        pipe_name_path: str | Path | None = None,
+        *,
+        mid_dim_scale: int | None = None,
+        **from_pretrained_kwargs: Any,
+    ) -> "LinFusion":
+        """Makes the layers for a pipeline's UNet and mounts them.
+
+        Args:
+            pipeline: A pipeline with a UNet; or
+            unet: the UNet itself.
+            load_pretrained: False starts from the UNet's own projections, to be trained.
+            pretrained_model_name_or_path: Folder or Hub id of the weights. None looks for a
+                `linfusion` folder in the folder that the pipeline came from, then for published
+                weights for a UNet of this shape.
+            pipe_name_path: Where the pipeline came from, if it cannot tell by itself.
+            mid_dim_scale: As in `get_default_config`, where `load_pretrained` is False.
+            **from_pretrained_kwargs: `variant`, `revision`, `cache_dir` and others, passed to
+                `from_pretrained`.
+
+        Returns:
+            The mounted layers. Their `report` says what was replaced.
+
+        Raises:
+            AdapterError: If there is no UNet, no attention to replace, no weights, weights for
+                another UNet, or a swap mounted already. The UNet is as it was.
+
+        Example:
+            >>> from diffusers import UNet2DConditionModel
+            >>> unet = UNet2DConditionModel(
+            ...     block_out_channels=(32, 64), norm_num_groups=8, cross_attention_dim=32,
+            ...     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            ...     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+            >>> linfusion = LinFusion.construct_for(unet=unet, load_pretrained=False)
+            >>> linfusion.mounted, len(linfusion.report.swapped)
+            (True, 6)
+        """
+        model = resolve_model(pipeline if unet is None else unet)
+        if get_handle(model) is not None:
+            raise AdapterError(
+                f"{type(model).__name__} carries a swap already. Undo it first: linfusion.unmount()"
+                ", or fbila.adapters.unswap(unet)."
+            )
+        report = plan(model)
+        require_match(report)
+        if not load_pretrained:
+            config = cls.get_default_config(unet=model, mid_dim_scale=mid_dim_scale)
+            linfusion = cls._start_from(model, config)
+        else:
+            if mid_dim_scale is not None:
+                raise AdapterError(
+                    "mid_dim_scale is for load_pretrained=False; weights have theirs."
+                )
+            path = pretrained_model_name_or_path
+            if path is None:
+                path = find_weights(
+                    model, report, pipe_name_path or getattr(pipeline, "name_or_path", None)
+                )
+            linfusion = cls.from_pretrained(path, **from_pretrained_kwargs)
+        linfusion.mount_to(unet=model)
+        return linfusion
+
+    @classmethod
+    def _start_from(cls, unet: nn.Module, config: dict[str, Any]) -> "LinFusion":
+        names = [layer["module_name"] for layer in config["modules_list"]]
+        require_usable(unet, names, copied=True)
+        originals = [unet.get_submodule(name) for name in names]
+        device, dtype = placement(originals[0])
+        with device:
+            linfusion = cls(**config)
+        for layer, original in zip(linfusion.layers, originals, strict=True):
+            layer.to(dtype).start_from(original)
+        return linfusion
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> "LinFusion":
+        """Loads layers from a folder or from the Hub, in evaluation mode and not mounted.
+
+        Raises:
+            AdapterError: If tensors are missing from the checkpoint, or strange to it.
+        """
+        linfusion, info = super().from_pretrained(
+            pretrained_model_name_or_path, **{**kwargs, "output_loading_info": True}
+        )
+        for problem in ("missing_keys", "unexpected_keys"):
+            if info[problem]:
+                raise AdapterError(
+                    f"{pretrained_model_name_or_path} is no complete LinFusion checkpoint: "
+                    f"{problem.replace('_', ' ')} {sorted(info[problem])[:3]} and "
+                    f"{max(len(info[problem]) - 3, 0)} more."
+                )
+        return linfusion
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Writes config.json and the weights as safetensors, whether mounted or not.
+
+        Args:
+            save_directory: Created if need be.
+            **kwargs: `variant`, `max_shard_size` and others of diffusers' `save_pretrained`.
+
+        Raises:
+            AdapterError: If something (a LoRA) has changed the layers' tensors, since the file
+                could not be loaded again.
+        """
+        foreign = [key for key in self.state_dict() if not _KEY.fullmatch(key)]
+        if foreign:
+            raise AdapterError(
+                f"LinFusion's layers carry other tensors than its own ({foreign[0]}, for example); "
+                "remove the LoRA (pipeline.unload_lora_weights()) before saving."
+            )
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+
+    @property
+    def layers(self) -> list[LinFusionAttention]:
+        """The layers, in the order of `config.modules_list`."""
+        return list(self.children())  # type: ignore[arg-type]
+
+    @property
+    def mounted(self) -> bool:
+        """Whether the layers are in a UNet at this moment."""
+        return self._handle is not None and self._handle.mounted
+
+    @property
+    def report(self) -> SwapReport:
+        """What the last `mount_to` replaced, what it skipped and why."""
+        if self._handle is None:
+            raise AdapterError("This LinFusion has not been mounted; there is no report yet.")
+        return self._handle.report
+
+    def mount_to(self, pipeline: Any = None, unet: Any = None) -> SwapReport:
+        """Puts the layers in the place of the UNet's own, on the same device and in the same dtype.
+
+        Everything is checked before anything is changed. Mounting twice changes nothing.
+
+        Args:
+            pipeline: A pipeline with a UNet; or
+            unet: the UNet itself.
+
+        Raises:
+            AdapterError: If the layers do not fit the UNet, which is then as it was.
+        """
+        model = resolve_model(pipeline if unet is None else unet)
+        if self._handle is not None and self._handle.attached:
+            if self._handle.model is model:
+                return self.report
+            raise AdapterError("This LinFusion is mounted on another UNet. Call unmount() first.")
+        report = plan(model)
+        require_match(report)
+        modules_list = self.config["modules_list"]
+        modules = {
+            m["module_name"]: layer for m, layer in zip(modules_list, self.layers, strict=True)
+        }
+        require_fit(modules_list, report)
+        require_usable(model, modules)
+        added = kept = 0
+        for name, layer in modules.items():
+            original = model.get_submodule(name)
+            device, dtype = placement(original)
+            # A quantised parent has integer weights; its layers' own dtype is then the best guess.
+            layer.to(device=device, dtype=dtype if dtype.is_floating_point else None)
+            layer.train(original.training)
+            layer.name = name
+            kept += sum(p.numel() * p.element_size() for p in original.parameters())
+            added += sum(p.numel() for p in layer.parameters())
+            added -= sum(p.numel() for p in original.parameters())
+        left = tuple(
+            replace(entry, target="", reason="not in this LinFusion's modules_list")
+            for entry in report.swapped
+            if entry.name not in modules
+        )
+        self._handle = swap_modules(
+            model,
+            modules,
+            replace(
+                report,
+                swapped=tuple(entry for entry in report.swapped if entry.name in modules),
+                skipped=report.skipped + left,
+                added_parameters=added,
+                kept_bytes=kept,
+            ),
+        )
+        return self.report
+
+    def unmount(self) -> SwapReport:
+        """Puts the UNet's own modules back, the very same objects; done twice, changes nothing.
+
+        Raises:
+            AdapterError: If it was never mounted, or if somebody else has replaced a layer since.
+        """
+        report = self.report
+        assert self._handle is not None
+        self._handle.unmount()
+        return report
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Runs the block with the UNet's own softmax attention; mounted again afterwards."""
+        with self._handle.disabled() if self._handle else nullcontext():
+            yield
+
+    @property
+    def _modules_list(self) -> list[dict[str, Any]]:
+        return self.config["modules_list"]

@@ -1,0 +1,66 @@
+"""Whether LinFusion's layers fit a UNet, and whether its own can be replaced without loss."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from .report import AdapterError, SwapReport
+
+
+def require_fit(modules_list: list[dict[str, Any]], report: SwapReport) -> None:
+    """Every layer must have a spatial self-attention of the same channels and heads to replace.
+
+    Args:
+        modules_list: The layers' configuration.
+        report: The UNet's attention, as `plan` found it.
+
+    Raises:
+        AdapterError: If one has not.
+    """
+    ours = {m["module_name"]: (m["dim_n"], m["heads"]) for m in modules_list}
+    theirs = {e.name: (e.heads * e.head_dim, e.heads) for e in report.swapped}
+    misfits = [name for name, shape in ours.items() if theirs.get(name) != shape]
+    if misfits:
+        raise AdapterError(
+            f"This LinFusion checkpoint is for {len(ours)} modules of dims {_values(ours, 0)} "
+            f"and heads {_values(ours, 1)}; the UNet has {len(theirs)} of dims "
+            f"{_values(theirs, 0)} and heads {_values(theirs, 1)}. Nothing was mounted. "
+            f"(The first that does not fit is {misfits[0]}.)"
+        )
+
+
+def require_usable(unet: nn.Module, names: Iterable[str], *, copied: bool = False) -> None:
+    """The layers to be replaced must hold nothing that would be lost.
+
+    Args:
+        unet: The UNet.
+        names: Paths of its attention layers.
+        copied: Whether their weights are to be copied into the new layers.
+
+    Raises:
+        AdapterError: If one carries a LoRA, is offloaded, or is quantised where it is to be copied.
+    """
+    for name in names:
+        for child in ("to_q", "to_k", "to_v", "to_out.0"):
+            linear: Any = unet.get_submodule(f"{name}.{child}")
+            if hasattr(linear, "base_layer"):
+                raise AdapterError(
+                    f"{name}.{child} carries a LoRA, which LinFusion's own layer would lose. "
+                    "Call pipeline.unload_lora_weights(), mount LinFusion, then load it again."
+                )
+            if linear.weight.device.type == "meta":
+                raise AdapterError(
+                    "The UNet is under sequential CPU offload; the new layers have no offload "
+                    "hooks. Mount before enable_sequential_cpu_offload()."
+                )
+            if copied and not linear.weight.is_floating_point():
+                raise AdapterError(
+                    f"{child} is {type(linear).__name__}: its weights cannot be copied into a new "
+                    "layer. Call dequantize() on the UNet first."
+                )
+
+
+def _values(shapes: dict[str, tuple[int, int]], position: int) -> str:
+    values = sorted({shape[position] for shape in shapes.values()})
+    return str(values[0]) if len(values) == 1 else "{" + ",".join(map(str, values)) + "}"

@@ -1,0 +1,72 @@
+"""What an adapter did to a model: which modules it swapped, which it skipped, and why."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+class AdapterError(ValueError):
+    """The model cannot be changed as asked. It is as it was before the call."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One attention module of the model.
+
+    Attributes:
+        name: Its path in the model.
+        source: Class of the module that the model came with.
+        heads, head_dim: Its shape.
+        target: Class of the module that takes its place, `""` if it is skipped.
+        reason: Why it is skipped, `""` if it is swapped.
+    """
+
+    name: str
+    source: str
+    heads: int
+    head_dim: int
+    target: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """The attention modules of a model, swapped and skipped.
+
+    Attributes:
+        model: Class of the model.
+        swapped, skipped: One entry a module, in the model's order.
+        added_parameters: Parameters that the new modules have and the originals had not.
+        kept_bytes: Size of the originals, which stay in memory so that they can come back.
+    """
+
+    model: str
+    swapped: tuple[Entry, ...]
+    skipped: tuple[Entry, ...]
+    added_parameters: int = 0
+    kept_bytes: int = 0
+
+    def reasons(self) -> Counter[str]:
+        """How many modules were skipped for each reason."""
+        return Counter(entry.reason for entry in self.skipped)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain dicts, lists and numbers, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {len(self.swapped)} swapped, {len(self.skipped)} skipped"]
+        rows = [
+            (e.name, f"{e.heads} x {e.head_dim}", f"{e.source} -> {e.target}") for e in self.swapped
+        ]
+        rows += [
+            (e.name, f"{e.heads} x {e.head_dim}", f"skipped: {e.reason}") for e in self.skipped
+        ]
+        widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
+        lines += [f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c}" for a, b, c in rows]
+        if self.swapped:
+            lines.append(
+                f"  {self.added_parameters / 1e6:.1f}M parameters added, originals kept: "
+                f"{self.kept_bytes / 2**20:.0f} MiB"
+            )
+        return "\n".join(lines)

@@ -1,0 +1,165 @@
+"""The reversible replacement of modules that every adapter is built on.
+
+The handle and the originals hang on the model outside its module tree: state dicts, `.to()` and
+hooks see the model as it is now, while a deep copy of the model gets a handle of its own.
+"""
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .report import AdapterError, SwapReport
+
+_HANDLE = "_fbila_handle"
+
+
+class SwapHandle:
+    """The replacement of some modules of one model; made by `swap_modules`.
+
+    Attributes:
+        model: The model.
+        originals: Path -> the module that the model came with.
+        modules: Path -> the module that takes its place.
+        report: What was swapped and skipped.
+        mounted: Whether the new modules are in the model at this moment.
+    """
+
+    def __init__(
+        self, model: nn.Module, modules: Mapping[str, nn.Module], report: SwapReport
+    ) -> None:
+        self.model = model
+        self.originals = {name: model.get_submodule(name) for name in modules}
+        self.modules = dict(modules)
+        self.report = report
+        self.mounted = False
+        self._placed = {name: placement(module) for name, module in self.originals.items()}
+
+    def unmount(self) -> SwapReport:
+        """Puts every original back: the same objects, with the weights they had.
+
+        Raises:
+            AdapterError: If somebody else has replaced one of the modules since.
+        """
+        if self.mounted:
+            self._exchange(self.modules, self.originals)
+            self.mounted = False
+        if self.attached:
+            delattr(self.model, _HANDLE)
+            vars(self.model).pop("save_pretrained", None)
+        return self.report
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Runs the block with the originals in place."""
+        if not self.mounted:
+            yield
+            return
+        self._exchange(self.modules, self.originals)
+        self.mounted = False
+        try:
+            yield
+        finally:
+            if self.attached:  # and not unmounted for good inside the block
+                self._exchange(self.originals, self.modules)
+                self.mounted = True
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model still carries this swap, mounted or disabled."""
+        return get_handle(self.model) is self
+
+    def _mount(self) -> None:
+        self._exchange(self.originals, self.modules)
+        self.mounted = True
+        setattr(self.model, _HANDLE, self)
+        if hasattr(self.model, "save_pretrained"):
+            model: Any = self.model
+            guard: Any = functools.partial(_save_without_swap, model)
+            # Callers look at which arguments are accepted before they pass them on.
+            guard.__signature__ = inspect.signature(model.save_pretrained)
+            model.save_pretrained = guard
+
+    def _exchange(self, leaving: Mapping[str, nn.Module], coming: Mapping[str, nn.Module]) -> None:
+        for name, module in leaving.items():
+            found = self.model.get_submodule(name)
+            if found is not module:
+                kind = type(found).__name__
+                raise AdapterError(
+                    f"{name} is now a {kind}, not the module fbila mounted; it was left as it is. "
+                    f"Undo {kind} first."
+                )
+        for name, module in leaving.items():
+            # Whatever moved the model meanwhile could not see the module that was outside it.
+            now = placement(module)
+            if now != self._placed[name]:
+                coming[name].to(device=now[0], dtype=now[1])
+            coming[name].train(module.training)
+            self._placed[name] = placement(coming[name])
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, coming[name])
+
+
+def swap_modules(
+    model: nn.Module, modules: Mapping[str, nn.Module], report: SwapReport
+) -> SwapHandle:
+    """Puts new modules in the place of a model's own, reversibly.
+
+    The caller has checked that the modules fit. While they are mounted, `model.save_pretrained`
+    writes the model as it was, so that what is saved can be loaded without fbila.
+
+    Args:
+        model: The model.
+        modules: Path of a module of the model -> what takes its place.
+        report: Kept on the handle.
+
+    Raises:
+        AdapterError: If the model carries a swap already; it has to be undone first.
+    """
+    if get_handle(model) is not None:
+        raise AdapterError(
+            f"{type(model).__name__} carries a swap already. Undo it first: "
+            "fbila.adapters.unswap(model)."
+        )
+    handle = SwapHandle(model, modules, report)
+    handle._mount()
+    return handle
+
+
+def get_handle(model: nn.Module) -> SwapHandle | None:
+    """The handle of the swap that a model carries, if any."""
+    return vars(unwrap(model)).get(_HANDLE)
+
+
+def unswap(model: nn.Module) -> SwapReport:
+    """Undoes the swap that a model carries, also when nobody holds its handle any more.
+
+    Raises:
+        AdapterError: If it carries none, or somebody else has replaced one of its modules since.
+    """
+    handle = get_handle(model)
+    if handle is None:
+        raise AdapterError(f"{type(model).__name__} carries no swap, there is nothing to undo.")
+    return handle.unmount()
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module behind `torch.compile`."""
+    return getattr(model, "_orig_mod", model)
+
+
+def placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a module's first parameter."""
+    parameter = next(module.parameters())
+    return parameter.device, parameter.dtype
+
+
+def _save_without_swap(model: Any, *args: Any, **kwargs: Any) -> Any:
+    handle = get_handle(model)
+    assert handle is not None
+    with handle.disabled():
+        return type(model).save_pretrained(model, *args, **kwargs)
