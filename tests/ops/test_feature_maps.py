@@ -8,6 +8,7 @@ from helpers import (
     Variant,
     assert_accurate,
     assert_in_budget,
+    assert_same_bits,
     eager,
     make_qkv,
     run,
@@ -40,8 +41,8 @@ def test_fused_equals_applied_first(normalizer, feature_map, dtype):
 def test_fused_relu_is_exact(dtype):
     q, k, v, do = make_qkv((1, 2, 40, 70, 17, 8), dtype)
     applied = run(lambda q, k, v: Variant("mean")(q.relu(), k.relu(), v), q, k, v, do)
-    for fused, first in zip(run(Variant("mean", "relu"), q, k, v, do), applied, strict=True):
-        assert torch.equal(fused, first)
+    # On a GPU they are two kernels, and the compiler need not order their sums alike.
+    assert_same_bits(run(Variant("mean", "relu"), q, k, v, do), applied, reordered=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

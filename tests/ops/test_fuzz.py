@@ -5,13 +5,13 @@ FBILA_FUZZ_EXAMPLES sets how many are tried; the same ones every time.
 
 import os
 
-import torch
 from helpers import (
     ALL_VARIANTS,
     CUDA,
     DTYPES,
     LAYOUTS,
     assert_accurate,
+    assert_same_bits,
     make_qkv,
     run,
 )
@@ -39,5 +39,8 @@ def test_anything(shape, dtype, variant, layouts, seed):
     tensors = make_qkv(shape, dtype, variant=variant, seed=seed)
     assert_accurate(*tensors, variant)
     views = [LAYOUTS[name](x) if name else x for name, x in zip(layouts, tensors, strict=True)]
-    for x, y in zip(run(variant, *views), run(variant, *tensors), strict=True):
-        assert torch.equal(x, y)
+    if CUDA and "token_contiguous" in layouts:
+        # There a GPU may add in another order.
+        assert_accurate(*views, variant)
+    else:
+        assert_same_bits(run(variant, *views), run(variant, *tensors))
