@@ -299,7 +299,3 @@ class LinFusion(ModelMixin, ConfigMixin):
         """Runs the block with the UNet's own softmax attention; mounted again afterwards."""
         with self._handle.disabled() if self._handle else nullcontext():
             yield
-
-    @property
-    def _modules_list(self) -> list[dict[str, Any]]:
-        return self.config["modules_list"]
