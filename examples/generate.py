@@ -25,6 +25,7 @@ from models import TINY, first_line, load_linfusion, load_pipeline
 
 try:
     import psutil
+    from contact_sheet import wrap
     from PIL import Image, ImageDraw, ImageFont
 except ImportError as error:
     raise SystemExit(f"{error}. This example needs: pip install fbila[demo]") from error
@@ -165,17 +166,6 @@ def grid(runs: dict[str, Run], prompts: list[str]) -> Image.Image:
             cell = picture.resize((width, height), Image.Resampling.LANCZOS)
             sheet.paste(cell, (left + column * (width + gap), y))
     return sheet
-
-
-def wrap(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
