@@ -7,7 +7,7 @@ import torch
 from helpers import MEAN, make_qkv, run
 
 from fbila.ops.kernels import grad_key, grad_query, output, state
-from fbila.ops.kernels.tiling import Tiling
+from fbila.ops.kernels.tiling import Tiling, require_float64_products
 
 ALL_DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 HEAD_DIMS = [1, 3, 16, 17, 32, 40, 64, 72, 80, 96, 128, 160, 256]
@@ -69,3 +69,12 @@ def test_one_compiled_kernel_serves_every_length():
     for N, M in ((1, 2), (1024, 512), (8192, 77), (16384, 4096), (4097, 16384)):
         run(MEAN, *make_qkv((2, 2, N, M, 64, 64), torch.float16))
     assert compiled() == once
+
+
+def test_float64_on_a_gpu_needs_triton_3_5(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("triton.__version__", "3.4.0")
+    with pytest.raises(NotImplementedError, match=r"Triton 3\.5 or newer, got Triton 3\.4\.0"):
+        require_float64_products()
+    monkeypatch.setattr("triton.__version__", "3.10.0")
+    require_float64_products()

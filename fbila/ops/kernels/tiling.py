@@ -1,5 +1,6 @@
 """Block sizes and splits: pure functions of shape and dtype, so results never depend on timing."""
 
+import os
 from dataclasses import dataclass
 from functools import cache
 
@@ -39,6 +40,8 @@ class Tiling:
     @staticmethod
     @cache
     def of(kernel: str, dtype: torch.dtype, K: int, V: int) -> "Tiling":
+        if dtype == torch.float64:
+            require_float64_products()
         widest = WIDEST_TILE[dtype.itemsize]
         block_k = max(16, min(widest, triton.next_power_of_2(K)))
         block_v = max(16, min(widest, triton.next_power_of_2(V)))
@@ -87,3 +90,14 @@ class Tiling:
         blocks = triton.cdiv(tokens, self.block_tokens)
         run = max(1, min(8, rows * blocks // ENOUGH_PROGRAMS))
         return run * self.block_tokens, triton.cdiv(blocks, run)
+
+
+def require_float64_products() -> None:
+    """Triton multiplies float64 tiles on a GPU since 3.5; its interpreter always did."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):
+        raise NotImplementedError(
+            f"float64 on a GPU needs Triton 3.5 or newer, got Triton {triton.__version__}. Pass "
+            "impl='reference' to use PyTorch."
+        )
