@@ -37,7 +37,7 @@ def run(model, output, *more):
 
 
 def test_side_by_side(model, tmp_path, capsys):
-    pictures = run(model, tmp_path, "--compare")
+    pictures = run(model, tmp_path, "--compare", "--device cpu")
     assert list(pictures) == ["grid", "linear_0", "linear_1", "softmax_0", "softmax_1"]
     assert pictures["linear_0"].shape == (64, 96, 3)
     assert pictures["grid"].shape[0] > 2 * 64 and pictures["grid"].shape[1] > 2 * 96
