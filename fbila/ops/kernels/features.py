@@ -11,12 +11,22 @@ import triton.language as tl
 def feature(x, FEATURE_MAP: tl.constexpr):
     """phi(x) for a tile `x` that is already in the accumulation type."""
     if FEATURE_MAP == "elu1":
-        return tl.where(x > 0, x + 1.0, tl.exp(x))
+        return tl.where(x > 0, x + 1.0, exp(x))
     elif FEATURE_MAP == "relu":
         # Written with x < 0 so that NaN passes through, as it does in torch.relu.
         return tl.where(x < 0, 0.0, x)
     else:
         return x
+
+
+@triton.jit
+def exp(x):
+    """e^x. In float32 by exp2, which compiles to one multiplication and one instruction; exp
+    spends four more on results below 1e-38."""
+    if x.dtype == tl.float32:
+        return tl.exp2(x * 1.4426950408889634)
+    else:
+        return tl.exp(x)
 
 
 @triton.jit
@@ -27,7 +37,7 @@ def feature_gradient(dphi, phi, FEATURE_MAP: tl.constexpr):
     dphi as it is, as in PyTorch.
     """
     if FEATURE_MAP == "elu1":
-        return tl.where(phi >= 1, dphi, dphi * phi)
+        return dphi * tl.minimum(phi, 1.0, propagate_nan=tl.PropagateNan.ALL)
     elif FEATURE_MAP == "relu":
         return tl.where(phi <= 0, 0.0, dphi)
     else:

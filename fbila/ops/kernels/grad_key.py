@@ -3,7 +3,8 @@
     dv_j      = phi(k_j) dS
     dphi(k_j) = v_j dS^T + dz         dk_j = dphi(k_j) * phi'(k_j)
 
-dS and dz come scaled (the gradient of S' and z'); the factor that scaled S is applied here.
+dS and dz come scaled (the gradient of S' and z'); the factor that scaled S is applied here. Where
+dS is too large for one program, each makes some columns of dv, and the first makes dk.
 """
 
 import torch
@@ -11,83 +12,125 @@ import triton
 import triton.language as tl
 
 from .features import feature, feature_gradient
-from .tiles import load_key_sum, load_state_tile, load_tile, store_tile, to_operand
+from .memory import Layout
+from .tiles import (
+    head_offset,
+    load_key_sum,
+    load_pair,
+    load_state,
+    pair_offset,
+    product,
+    scaled_product,
+    store_pair,
+    tile_mask,
+    tile_offset,
+    token_offset,
+)
 from .tiling import Tiling
 
 
-@triton.jit(do_not_specialize=["M", "run", "runs"])
+@triton.jit(do_not_specialize=["H", "M", "run", "runs", "stride_kb", "stride_kh", "stride_km",
+                               "stride_vb", "stride_vh", "stride_vm", "stride_fb", "stride_fh",
+                               "stride_fm", "stride_gb", "stride_gh", "stride_gm"])  # fmt: skip
 def grad_key_kernel(
     k, v, dstate, dk, dv,
-    stride_kb, stride_kh, stride_km, stride_kd, stride_vb, stride_vh, stride_vm, stride_vd,
-    stride_fb, stride_fh, stride_fm, stride_fd, stride_gb, stride_gh, stride_gm, stride_gd,
+    stride_kb: "i64", stride_kh: "i64", stride_km: "i64", stride_kd,
+    stride_vb: "i64", stride_vh: "i64", stride_vm: "i64", stride_vd,
+    stride_fb: "i64", stride_fh: "i64", stride_fm: "i64", stride_fd,
+    stride_gb: "i64", stride_gh: "i64", stride_gm: "i64", stride_gd,
     factor: "fp64",
     H, M, run, runs,
     K: tl.constexpr, V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    TILES_K: tl.constexpr, TILES_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ORDER_K: tl.constexpr, ORDER_V: tl.constexpr, ORDER_F: tl.constexpr, ORDER_G: tl.constexpr,
+    UNIT: tl.constexpr,
     FEATURE_MAP: tl.constexpr, NORMALIZE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_bhr = tl.program_id(0).to(tl.int64)
-    i_bh, i_r = i_bhr // runs, i_bhr % runs
-    i_b, i_h = i_bh // H, i_bh % H
-    # Where a head is wider than a tile, program i_t makes the i_t-th tile of dk and of dv.
-    i_t = tl.program_id(1)
+    i_brh = tl.program_id(0).to(tl.int64)
+    i_b, i_r, i_h = i_brh // H // runs, i_brh // H % runs, i_brh % H
+    i_bh = i_b * H + i_h
+    first_v = tl.program_id(1) * (V0 + V1)
     factor = tl.full((), factor, ACC)
 
-    k += i_b * stride_kb + i_h * stride_kh
-    v += i_b * stride_vb + i_h * stride_vh
-    dk += i_b * stride_fb + i_h * stride_fh
-    dv += i_b * stride_gb + i_h * stride_gh
-    dstate += i_bh * (K * V + K)
-    o_k = i_t * BLOCK_K + tl.arange(0, BLOCK_K)
-    o_v = i_t * BLOCK_V + tl.arange(0, BLOCK_V)
-    m_k, m_v = o_k < K, o_v < V
+    k += head_offset(i_b, i_h, stride_kb, stride_kh, ORDER_K, UNIT)
+    v += head_offset(i_b, i_h, stride_vb, stride_vh, ORDER_V, UNIT)
+    dk += head_offset(i_b, i_h, stride_fb, stride_fh, ORDER_F, UNIT)
+    dv += head_offset(i_b, i_h, stride_gb, stride_gh, ORDER_G, UNIT)
+    o_k0, o_k1 = pair_offset(stride_km, stride_kd, 0, BLOCK_M, K0, K1, ORDER_K, UNIT)
+    o_v0, o_v1 = pair_offset(stride_vm, stride_vd, first_v, BLOCK_M, V0, V1, ORDER_V, UNIT)
+    o_f0, o_f1 = pair_offset(stride_fm, stride_fd, 0, BLOCK_M, K0, K1, ORDER_F, UNIT)
+    o_g0, o_g1 = pair_offset(stride_gm, stride_gd, first_v, BLOCK_M, V0, V1, ORDER_G, UNIT)
     dtype: tl.constexpr = k.dtype.element_ty
 
-    if TILES_K * TILES_V == 1:
-        b_ds, ds_scale = to_operand(
-            load_state_tile(dstate, factor, 0, 0, K, V, BLOCK_K, BLOCK_V), dtype
-        )
+    dstate += i_bh * (K * V + K)
+    b_s00, b_s01, b_s10, b_s11, s_scale = load_state(
+        dstate, factor, first_v, K, V, K0, K1, V0, V1, dtype
+    )
     if NORMALIZE:
-        b_dz = load_key_sum(dstate, factor, i_t, K, V, BLOCK_K)
+        b_z0, b_z1 = load_key_sum(dstate, factor, K, V, K0, K1)
 
     start = i_r.to(tl.int32) * run
     for i_m in range(start, tl.minimum(start + run, M), BLOCK_M):
-        o_m = i_m + tl.arange(0, BLOCK_M)
-        m_m = o_m < M
-        b_k = load_tile(k, o_m, stride_km, o_k, stride_kd, m_m, m_k)
-        b_f = feature(b_k.to(ACC), FEATURE_MAP)
+        m_m = i_m + tl.arange(0, BLOCK_M) < M
+        b_k0, b_k1 = load_pair(
+            k + token_offset(i_m, stride_km, ORDER_K, UNIT), o_k0, o_k1, m_m, 0, K, K0, K1
+        )
+        p_v = v + token_offset(i_m, stride_vm, ORDER_V, UNIT)
+        b_f0 = feature(b_k0.to(ACC), FEATURE_MAP)
+        b_a0 = b_f0.to(dtype)
+        b_dv0 = product(b_a0, b_s00, tl.zeros((BLOCK_M, V0), dtype=ACC), PRECISION)
+        b_f1, b_dv1 = b_f0, b_dv0
+        if V1 > 0:
+            b_dv1 = product(b_a0, b_s01, tl.zeros((BLOCK_M, V1), dtype=ACC), PRECISION)
+        if K1 > 0:
+            b_f1 = feature(b_k1.to(ACC), FEATURE_MAP)
+            b_a1 = b_f1.to(dtype)
+            b_dv0 = product(b_a1, b_s10, b_dv0, PRECISION)
+            if V1 > 0:
+                b_dv1 = product(b_a1, b_s11, b_dv1, PRECISION)
+        if dtype == tl.float16:
+            b_dv0, b_dv1 = b_dv0 * s_scale, b_dv1 * s_scale
+        p_g = dv + token_offset(i_m, stride_gm, ORDER_G, UNIT)
+        store_pair(p_g, b_dv0, b_dv1, o_g0, o_g1, m_m, first_v, V, V0, V1)
 
-        if TILES_K * TILES_V == 1:
-            b_v = load_tile(v, o_m, stride_vm, o_v, stride_vd, m_m, m_v)
-            b_dv = tl.dot(b_f.to(dtype), b_ds, input_precision=PRECISION, out_dtype=ACC) * ds_scale
-            b_df = tl.dot(b_v, tl.trans(b_ds), input_precision=PRECISION, out_dtype=ACC) * ds_scale
-        else:
-            b_dv = tl.zeros((BLOCK_M, BLOCK_V), dtype=ACC)
-            b_df = tl.zeros((BLOCK_M, BLOCK_K), dtype=ACC)
-            for j_k in range(TILES_K):
-                p_k = j_k * BLOCK_K + tl.arange(0, BLOCK_K)
-                c_k = load_tile(k, o_m, stride_km, p_k, stride_kd, m_m, p_k < K)
-                c_f = feature(c_k.to(ACC), FEATURE_MAP).to(dtype)
-                c_ds, c_scale = to_operand(
-                    load_state_tile(dstate, factor, j_k, i_t, K, V, BLOCK_K, BLOCK_V), dtype
-                )
-                b_dv += tl.dot(c_f, c_ds, input_precision=PRECISION, out_dtype=ACC) * c_scale
-            for j_v in range(TILES_V):
-                p_v = j_v * BLOCK_V + tl.arange(0, BLOCK_V)
-                c_v = load_tile(v, o_m, stride_vm, p_v, stride_vd, m_m, p_v < V)
-                c_ds, c_scale = to_operand(
-                    load_state_tile(dstate, factor, i_t, j_v, K, V, BLOCK_K, BLOCK_V), dtype
-                )
-                b_df += (
-                    tl.dot(c_v, tl.trans(c_ds), input_precision=PRECISION, out_dtype=ACC) * c_scale
-                )
-        if NORMALIZE:
-            b_df += b_dz[None, :]
-        b_dk = feature_gradient(b_df, b_f, FEATURE_MAP)
-        store_tile(dk, b_dk, o_m, stride_fm, o_k, stride_fd, m_m, m_k)
-        store_tile(dv, b_dv, o_m, stride_gm, o_v, stride_gd, m_m, m_v)
+        if GROUPS == 1 or tl.program_id(1) == 0:
+            b_df0 = tl.zeros((BLOCK_M, K0), dtype=ACC)
+            b_df1 = b_df0
+            if K1 > 0:
+                b_df1 = tl.zeros((BLOCK_M, K1), dtype=ACC)
+            if GROUPS == 1:
+                b_v0, b_v1 = load_pair(p_v, o_v0, o_v1, m_m, 0, V, V0, V1)
+                b_df0 = product(b_v0, tl.trans(b_s00), b_df0, PRECISION)
+                if V1 > 0:
+                    b_df0 = product(b_v1, tl.trans(b_s01), b_df0, PRECISION)
+                if K1 > 0:
+                    b_df1 = product(b_v0, tl.trans(b_s10), b_df1, PRECISION)
+                if K1 * V1 > 0:
+                    b_df1 = product(b_v1, tl.trans(b_s11), b_df1, PRECISION)
+                if dtype == tl.float16:
+                    b_df0, b_df1 = b_df0 * s_scale, b_df1 * s_scale
+            else:
+                for j in range(GROUPS):
+                    c_s0, _, c_s1, _, c_scale = load_state(
+                        dstate, factor, j * V0, K, V, K0, K1, V0, 0, dtype
+                    )
+                    c_o = tile_offset(stride_vm, stride_vd, j * V0, BLOCK_M, V0, ORDER_V, UNIT)
+                    c_v = tl.load(p_v + c_o, mask=tile_mask(m_m, j * V0, V, V0), other=0.0)
+                    b_df0 = scaled_product(c_v, tl.trans(c_s0), b_df0, c_scale, PRECISION)
+                    if K1 > 0:
+                        b_df1 = scaled_product(c_v, tl.trans(c_s1), b_df1, c_scale, PRECISION)
+            if NORMALIZE:
+                b_df0 += b_z0[None, :]
+                if K1 > 0:
+                    b_df1 += b_z1[None, :]
+            b_dk0 = feature_gradient(b_df0, b_f0, FEATURE_MAP)
+            b_dk1 = b_dk0
+            if K1 > 0:
+                b_dk1 = feature_gradient(b_df1, b_f1, FEATURE_MAP)
+            p_f = dk + token_offset(i_m, stride_fm, ORDER_F, UNIT)
+            store_pair(p_f, b_dk0, b_dk1, o_f0, o_f1, m_m, 0, K, K0, K1)
 
 
 def launch_grad_key(
@@ -105,12 +148,14 @@ def launch_grad_key(
     V = v.shape[-1]
     tiling = Tiling.of("grad_key", k.dtype, K, V)
     run, runs = tiling.run(B * H, M)
-    grad_key_kernel[(B * H * runs, max(tiling.tiles_k, tiling.tiles_v))](
-        k, v, dstate, dk, dv, *k.stride(), *v.stride(), *dk.stride(), *dv.stride(),
+    layout = Layout.of(k, v, dk, dv)
+    grad_key_kernel[(B * H * runs, tiling.groups)](
+        k, v, dstate, dk, dv,
+        *layout.strides,
         factor, H, M, run, runs,
-        K=K, V=V, BLOCK_M=tiling.block_tokens, BLOCK_K=tiling.block_k, BLOCK_V=tiling.block_v,
-        TILES_K=tiling.tiles_k, TILES_V=tiling.tiles_v,
-        FEATURE_MAP=feature_map, NORMALIZE=normalize,
+        K=K, V=V, BLOCK_M=tiling.block_tokens, **tiling.cover, GROUPS=tiling.groups,
+        ORDER_K=layout.orders[0], ORDER_V=layout.orders[1], ORDER_F=layout.orders[2],
+        ORDER_G=layout.orders[3], UNIT=layout.unit, FEATURE_MAP=feature_map, NORMALIZE=normalize,
         ACC=Tiling.acc(k.dtype), PRECISION=tiling.precision,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip

@@ -8,8 +8,7 @@ do_i . n_i = phi(q_i) . g_i, so that neither o nor n is needed:
     dS'       = sum_i (phi(q_i) / d_i)^T do_i          dz'  = sum_i dd_i phi(q_i)
 
 1/d_i goes to phi(q_i), not to do_i, so that a row with phi(q_i) = 0 gives 0 and not 0 * inf.
-Where a head is wider than a tile, each program owns one tile of dS' and goes over all tiles of q
-and do for the two row scalars.
+Where S is too large for one program, each owns some columns of dS' and goes over all of do for g.
 """
 
 import torch
@@ -17,115 +16,170 @@ import triton
 import triton.language as tl
 
 from .features import feature, feature_gradient
+from .memory import Layout
 from .state import sum_splits
-from .tiles import load_key_sum, load_state_tile, load_tile, store_tile, to_operand
+from .tiles import (
+    head_offset,
+    load_key_sum,
+    load_pair,
+    load_state,
+    operand_scale,
+    pair_offset,
+    peak,
+    product,
+    scaled_product,
+    store_key_sum,
+    store_pair,
+    store_state,
+    tile_mask,
+    tile_offset,
+    token_offset,
+)
 from .tiling import Tiling
 
 
-@triton.jit(do_not_specialize=["N", "chunk", "splits"])
+@triton.jit(do_not_specialize=["H", "N", "chunk", "splits", "stride_qb", "stride_qh", "stride_qn",
+                               "stride_ob", "stride_oh", "stride_on",
+                               "stride_gb", "stride_gh", "stride_gn"])  # fmt: skip
 def grad_query_kernel(
     q, do, state, dq, partial,
-    stride_qb, stride_qh, stride_qn, stride_qd, stride_ob, stride_oh, stride_on, stride_od,
-    stride_gb, stride_gh, stride_gn, stride_gd,
+    stride_qb: "i64", stride_qh: "i64", stride_qn: "i64", stride_qd,
+    stride_ob: "i64", stride_oh: "i64", stride_on: "i64", stride_od,
+    stride_gb: "i64", stride_gh: "i64", stride_gn: "i64", stride_gd,
     factor: "fp64", eps: "fp64",
     H, N, chunk, splits,
     K: tl.constexpr, V: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    TILES_K: tl.constexpr, TILES_V: tl.constexpr,
+    BLOCK_N: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ORDER_Q: tl.constexpr, ORDER_O: tl.constexpr, ORDER_G: tl.constexpr, UNIT: tl.constexpr,
     FEATURE_MAP: tl.constexpr, NORMALIZE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_bhs = tl.program_id(0).to(tl.int64)
-    i_bh, i_s = i_bhs // splits, i_bhs % splits
-    i_b, i_h = i_bh // H, i_bh % H
-    i_k, i_v = tl.program_id(1) // TILES_V, tl.program_id(1) % TILES_V
+    # Heads fastest: where tokens hold their heads side by side, programs that run at one time
+    # share the lines that a head's few bytes begin and end in.
+    i_bsh = tl.program_id(0).to(tl.int64)
+    i_b, i_s, i_h = i_bsh // H // splits, i_bsh // H % splits, i_bsh % H
+    i_bh = i_b * H + i_h
+    first_v = tl.program_id(1) * (V0 + V1)
     factor = tl.full((), factor, ACC)
     eps = tl.full((), eps, ACC)
 
-    q += i_b * stride_qb + i_h * stride_qh
-    do += i_b * stride_ob + i_h * stride_oh
-    dq += i_b * stride_gb + i_h * stride_gh
-    state += i_bh * (K * V + K)
-    o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    m_k, m_v = o_k < K, o_v < V
+    q += head_offset(i_b, i_h, stride_qb, stride_qh, ORDER_Q, UNIT)
+    do += head_offset(i_b, i_h, stride_ob, stride_oh, ORDER_O, UNIT)
+    dq += head_offset(i_b, i_h, stride_gb, stride_gh, ORDER_G, UNIT)
+    o_q0, o_q1 = pair_offset(stride_qn, stride_qd, 0, BLOCK_N, K0, K1, ORDER_Q, UNIT)
+    o_o0, o_o1 = pair_offset(stride_on, stride_od, first_v, BLOCK_N, V0, V1, ORDER_O, UNIT)
+    o_g0, o_g1 = pair_offset(stride_gn, stride_gd, 0, BLOCK_N, K0, K1, ORDER_G, UNIT)
     dtype: tl.constexpr = q.dtype.element_ty
 
-    if TILES_K * TILES_V == 1:
-        b_s, s_scale = to_operand(
-            load_state_tile(state, factor, 0, 0, K, V, BLOCK_K, BLOCK_V), dtype
+    state += i_bh * (K * V + K)
+    if GROUPS == 1:
+        b_s00, b_s01, b_s10, b_s11, s_scale = load_state(
+            state, factor, 0, K, V, K0, K1, V0, V1, dtype
         )
     if NORMALIZE:
-        b_z = load_key_sum(state, factor, i_k, K, V, BLOCK_K)
+        b_z0, b_z1 = load_key_sum(state, factor, K, V, K0, K1)
 
-    b_ds = tl.zeros((BLOCK_K, BLOCK_V), dtype=ACC)
-    b_dz = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC)
+    b_ds00 = tl.zeros((K0, V0), dtype=ACC)
+    b_dz0 = tl.zeros((BLOCK_N, K0), dtype=ACC)
+    b_ds01, b_ds10, b_ds11, b_dz1 = b_ds00, b_ds00, b_ds00, b_dz0
+    if V1 > 0:
+        b_ds01 = tl.zeros((K0, V1), dtype=ACC)
+    if K1 > 0:
+        b_ds10 = tl.zeros((K1, V0), dtype=ACC)
+        b_dz1 = tl.zeros((BLOCK_N, K1), dtype=ACC)
+    if K1 * V1 > 0:
+        b_ds11 = tl.zeros((K1, V1), dtype=ACC)
+
     start = i_s.to(tl.int32) * chunk
     end = tl.minimum(start + chunk, N)
     for i_n in range(start, end, BLOCK_N):
-        o_n = i_n + tl.arange(0, BLOCK_N)
-        m_n = o_n < end
-        b_q = load_tile(q, o_n, stride_qn, o_k, stride_qd, m_n, m_k)
-        b_do = load_tile(do, o_n, stride_on, o_v, stride_od, m_n, m_v)
+        m_n = i_n + tl.arange(0, BLOCK_N) < end
+        p_o = do + token_offset(i_n, stride_on, ORDER_O, UNIT)
+        b_q0, b_q1 = load_pair(
+            q + token_offset(i_n, stride_qn, ORDER_Q, UNIT), o_q0, o_q1, m_n, 0, K, K0, K1
+        )
+        b_do0, b_do1 = load_pair(p_o, o_o0, o_o1, m_n, first_v, V, V0, V1)
 
-        b_den = tl.zeros((BLOCK_N,), dtype=ACC) + eps
-        b_fg = tl.zeros((BLOCK_N,), dtype=ACC)
-        if TILES_K * TILES_V == 1:
-            b_g = tl.dot(b_do, tl.trans(b_s), input_precision=PRECISION, out_dtype=ACC) * s_scale
-            # Never true; it puts q into the registers of the thread that holds the same element
-            # of g, so that phi is computed once and the sums over K stay within a few threads.
-            b_q = tl.where(b_g > float("inf"), 0.0, b_q)
-            b_f = feature(b_q.to(ACC), FEATURE_MAP)
-            if NORMALIZE:
-                b_den += tl.sum(b_f * b_z[None, :], 1)
-                b_fg += tl.sum(b_f * b_g, 1)
+        b_g0 = tl.zeros((BLOCK_N, K0), dtype=ACC)
+        b_g1 = b_g0
+        if K1 > 0:
+            b_g1 = tl.zeros((BLOCK_N, K1), dtype=ACC)
+        if GROUPS == 1:
+            b_g0 = product(b_do0, tl.trans(b_s00), b_g0, PRECISION)
+            if V1 > 0:
+                b_g0 = product(b_do1, tl.trans(b_s01), b_g0, PRECISION)
+            if K1 > 0:
+                b_g1 = product(b_do0, tl.trans(b_s10), b_g1, PRECISION)
+            if K1 * V1 > 0:
+                b_g1 = product(b_do1, tl.trans(b_s11), b_g1, PRECISION)
+            if dtype == tl.float16:
+                b_g0, b_g1 = b_g0 * s_scale, b_g1 * s_scale
         else:
-            b_f = feature(b_q.to(ACC), FEATURE_MAP)
-            b_g = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC)
-            # Without a denominator a program needs its own tile of g alone.
-            first = 0 if NORMALIZE else i_k
-            last = TILES_K if NORMALIZE else i_k + 1
-            for j_k in range(first, last):
-                c_g = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC)
-                for j_v in range(TILES_V):
-                    p_v = j_v * BLOCK_V + tl.arange(0, BLOCK_V)
-                    c_do = load_tile(do, o_n, stride_on, p_v, stride_od, m_n, p_v < V)
-                    c_s, c_scale = to_operand(
-                        load_state_tile(state, factor, j_k, j_v, K, V, BLOCK_K, BLOCK_V), dtype
-                    )
-                    c_g += (
-                        tl.dot(c_do, tl.trans(c_s), input_precision=PRECISION, out_dtype=ACC)
-                        * c_scale
-                    )
-                b_g = tl.where(j_k == i_k, c_g, b_g)
-                if NORMALIZE:
-                    p_k = j_k * BLOCK_K + tl.arange(0, BLOCK_K)
-                    c_q = load_tile(q, o_n, stride_qn, p_k, stride_qd, m_n, p_k < K)
-                    c_f = feature(c_q.to(ACC), FEATURE_MAP)
-                    c_z = load_key_sum(state, factor, j_k, K, V, BLOCK_K)
-                    b_den += tl.sum(c_f * c_z[None, :], 1)
-                    b_fg += tl.sum(c_f * c_g, 1)
+            for j in range(GROUPS):
+                c_s0, _, c_s1, _, c_scale = load_state(
+                    state, factor, j * V0, K, V, K0, K1, V0, 0, dtype
+                )
+                c_o = tile_offset(stride_on, stride_od, j * V0, BLOCK_N, V0, ORDER_O, UNIT)
+                c_do = tl.load(p_o + c_o, mask=tile_mask(m_n, j * V0, V, V0), other=0.0)
+                b_g0 = scaled_product(c_do, tl.trans(c_s0), b_g0, c_scale, PRECISION)
+                if K1 > 0:
+                    b_g1 = scaled_product(c_do, tl.trans(c_s1), b_g1, c_scale, PRECISION)
+        # Never true; it puts q into the registers of the thread that holds the same element
+        # of g, so that phi is computed once and the sums over K stay within a few threads.
+        b_q0 = tl.where(b_g0 > float("inf"), 0.0, b_q0)
+        b_f0 = feature(b_q0.to(ACC), FEATURE_MAP)
+        b_f1 = b_f0
+        if K1 > 0:
+            b_q1 = tl.where(b_g1 > float("inf"), 0.0, b_q1)
+            b_f1 = feature(b_q1.to(ACC), FEATURE_MAP)
 
+        a_scale = 1.0
+        b_a0, b_a1 = b_f0, b_f1
         if NORMALIZE:
+            b_den = tl.sum(b_f0 * b_z0[None, :], 1) + eps
+            b_fg = tl.sum(b_f0 * b_g0, 1)
+            if K1 > 0:
+                b_den += tl.sum(b_f1 * b_z1[None, :], 1)
+                b_fg += tl.sum(b_f1 * b_g1, 1)
             # Rows beyond the end must add nothing, whatever their denominator.
             b_inv = tl.where(m_n, 1.0 / b_den, 0.0)
             b_dden = -(b_fg * b_inv) * b_inv
-            b_a, a_scale = to_operand(b_f * b_inv[:, None], dtype)
-            b_dz += b_f * b_dden[:, None]
-            b_ds += tl.dot(tl.trans(b_a), b_do, input_precision=PRECISION, out_dtype=ACC) * a_scale
-            b_g = b_g * b_inv[:, None] + b_dden[:, None] * b_z[None, :]
-        else:
-            b_a = tl.trans(b_f.to(dtype))
-            b_ds = tl.dot(b_a, b_do, b_ds, input_precision=PRECISION, out_dtype=ACC)
-        if i_v == 0:
-            b_dq = feature_gradient(b_g, b_f, FEATURE_MAP)
-            store_tile(dq, b_dq, o_n, stride_gn, o_k, stride_gd, m_n, m_k)
+            b_a0, b_a1 = b_f0 * b_inv[:, None], b_f1 * b_inv[:, None]
+            if dtype == tl.float16:
+                top = peak(b_a0)
+                if K1 > 0:
+                    top = tl.maximum(top, peak(b_a1))
+                a_scale = operand_scale(top)
+                b_a0, b_a1 = b_a0 / a_scale, b_a1 / a_scale
+            b_dz0 += b_f0 * b_dden[:, None]
+            if K1 > 0:
+                b_dz1 += b_f1 * b_dden[:, None]
+        b_a0 = tl.trans(b_a0.to(dtype))
+        b_ds00 = scaled_product(b_a0, b_do0, b_ds00, a_scale, PRECISION)
+        if V1 > 0:
+            b_ds01 = scaled_product(b_a0, b_do1, b_ds01, a_scale, PRECISION)
+        if K1 > 0:
+            b_a1 = tl.trans(b_a1.to(dtype))
+            b_ds10 = scaled_product(b_a1, b_do0, b_ds10, a_scale, PRECISION)
+            if V1 > 0:
+                b_ds11 = scaled_product(b_a1, b_do1, b_ds11, a_scale, PRECISION)
+        if NORMALIZE:
+            b_g0 = b_g0 * b_inv[:, None] + b_dden[:, None] * b_z0[None, :]
+            if K1 > 0:
+                b_g1 = b_g1 * b_inv[:, None] + b_dden[:, None] * b_z1[None, :]
+        if GROUPS == 1 or tl.program_id(1) == 0:
+            b_dq0 = feature_gradient(b_g0, b_f0, FEATURE_MAP)
+            b_dq1 = b_dq0
+            if K1 > 0:
+                b_dq1 = feature_gradient(b_g1, b_f1, FEATURE_MAP)
+            p_g = dq + token_offset(i_n, stride_gn, ORDER_G, UNIT)
+            store_pair(p_g, b_dq0, b_dq1, o_g0, o_g1, m_n, 0, K, K0, K1)
 
-    partial += i_bhs * (K * V + K)
-    mask = m_k[:, None] & m_v[None, :]
-    tl.store(partial + o_k[:, None] * V + o_v[None, :], b_ds, mask=mask)
-    if i_v == 0:
-        tl.store(partial + K * V + o_k, tl.sum(b_dz, 0), mask=m_k)
+    partial += (i_bh * splits + i_s) * (K * V + K)
+    store_state(partial, b_ds00, b_ds01, b_ds10, b_ds11, first_v, K, V, K0, K1, V0, V1)
+    if tl.program_id(1) == 0:
+        store_key_sum(partial, tl.sum(b_dz0, 0), tl.sum(b_dz1, 0), K, V, K0, K1)
 
 
 def launch_grad_query(
@@ -144,12 +198,13 @@ def launch_grad_query(
     tiling = Tiling.of("grad_query", q.dtype, K, V)
     chunk, splits = tiling.split(N)
     partial = q.new_empty(B * H, splits, K * V + K, dtype=tiling.acc_dtype)
-    grad_query_kernel[(B * H * splits, tiling.tiles_k * tiling.tiles_v)](
-        q, do, state, dq, partial, *q.stride(), *do.stride(), *dq.stride(),
+    layout = Layout.of(q, do, dq)
+    grad_query_kernel[(B * H * splits, tiling.groups)](
+        q, do, state, dq, partial, *layout.strides,
         factor, eps, H, N, chunk, splits,
-        K=K, V=V, BLOCK_N=tiling.block_tokens, BLOCK_K=tiling.block_k, BLOCK_V=tiling.block_v,
-        TILES_K=tiling.tiles_k, TILES_V=tiling.tiles_v,
-        FEATURE_MAP=feature_map, NORMALIZE=normalize,
+        K=K, V=V, BLOCK_N=tiling.block_tokens, **tiling.cover, GROUPS=tiling.groups,
+        ORDER_Q=layout.orders[0], ORDER_O=layout.orders[1], ORDER_G=layout.orders[2],
+        UNIT=layout.unit, FEATURE_MAP=feature_map, NORMALIZE=normalize,
         ACC=Tiling.acc(q.dtype), PRECISION=tiling.precision,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip

@@ -9,64 +9,93 @@ import triton
 import triton.language as tl
 
 from .features import feature
-from .tiles import load_key_sum, load_state_tile, load_tile, store_tile, to_operand
+from .memory import Layout
+from .tiles import (
+    head_offset,
+    key_sum_operand,
+    load_key_sum,
+    load_pair,
+    load_state,
+    pair_offset,
+    product,
+    store_pair,
+    token_offset,
+)
 from .tiling import Tiling
 
 
-@triton.jit(do_not_specialize=["N", "run", "runs"])
+@triton.jit(do_not_specialize=["H", "N", "run", "runs", "stride_qb", "stride_qh", "stride_qn",
+                               "stride_ob", "stride_oh", "stride_on"])  # fmt: skip
 def output_kernel(
     q, state, o,
-    stride_qb, stride_qh, stride_qn, stride_qd, stride_ob, stride_oh, stride_on, stride_od,
+    stride_qb: "i64", stride_qh: "i64", stride_qn: "i64", stride_qd,
+    stride_ob: "i64", stride_oh: "i64", stride_on: "i64", stride_od,
     factor: "fp64", eps: "fp64",
     H, N, run, runs,
     K: tl.constexpr, V: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILES_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    ORDER_Q: tl.constexpr, ORDER_O: tl.constexpr, UNIT: tl.constexpr,
     FEATURE_MAP: tl.constexpr, NORMALIZE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_bhr = tl.program_id(0).to(tl.int64)
-    i_bh, i_r = i_bhr // runs, i_bhr % runs
-    i_b, i_h = i_bh // H, i_bh % H
-    i_v = tl.program_id(1)
+    i_brh = tl.program_id(0).to(tl.int64)
+    i_b, i_r, i_h = i_brh // H // runs, i_brh // H % runs, i_brh % H
+    i_bh = i_b * H + i_h
+    first_v = tl.program_id(1) * (V0 + V1)
     factor = tl.full((), factor, ACC)
     eps = tl.full((), eps, ACC)
 
-    q += i_b * stride_qb + i_h * stride_qh
-    o += i_b * stride_ob + i_h * stride_oh
-    state += i_bh * (K * V + K)
-    o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    m_v = o_v < V
+    q += head_offset(i_b, i_h, stride_qb, stride_qh, ORDER_Q, UNIT)
+    o += head_offset(i_b, i_h, stride_ob, stride_oh, ORDER_O, UNIT)
+    o_q0, o_q1 = pair_offset(stride_qn, stride_qd, 0, BLOCK_N, K0, K1, ORDER_Q, UNIT)
+    o_o0, o_o1 = pair_offset(stride_on, stride_od, first_v, BLOCK_N, V0, V1, ORDER_O, UNIT)
     dtype: tl.constexpr = q.dtype.element_ty
 
-    if TILES_K == 1:
-        b_s, s_scale = to_operand(
-            load_state_tile(state, factor, 0, i_v, K, V, BLOCK_K, BLOCK_V), dtype
-        )
-        if NORMALIZE:
-            b_z = load_key_sum(state, factor, 0, K, V, BLOCK_K)
+    state += i_bh * (K * V + K)
+    b_s00, b_s01, b_s10, b_s11, s_scale = load_state(
+        state, factor, first_v, K, V, K0, K1, V0, V1, dtype
+    )
+    HALF: tl.constexpr = dtype.primitive_bitwidth == 16
+    if NORMALIZE:
+        b_z0, b_z1 = load_key_sum(state, factor, K, V, K0, K1)
+        if HALF:
+            b_c0, c_scale0 = key_sum_operand(b_z0, dtype)
+            if K1 > 0:
+                b_c1, c_scale1 = key_sum_operand(b_z1, dtype)
 
     start = i_r.to(tl.int32) * run
     for i_n in range(start, tl.minimum(start + run, N), BLOCK_N):
-        o_n = i_n + tl.arange(0, BLOCK_N)
-        m_n = o_n < N
-        b_o = tl.zeros((BLOCK_N, BLOCK_V), dtype=ACC)
-        b_den = tl.zeros((BLOCK_N,), dtype=ACC) + eps
-        for i_k in range(TILES_K):
-            if TILES_K > 1:
-                b_s, s_scale = to_operand(
-                    load_state_tile(state, factor, i_k, i_v, K, V, BLOCK_K, BLOCK_V), dtype
-                )
-                if NORMALIZE:
-                    b_z = load_key_sum(state, factor, i_k, K, V, BLOCK_K)
-            o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
-            b_q = load_tile(q, o_n, stride_qn, o_k, stride_qd, m_n, o_k < K)
-            b_f = feature(b_q.to(ACC), FEATURE_MAP)
-            b_o += tl.dot(b_f.to(dtype), b_s, input_precision=PRECISION, out_dtype=ACC) * s_scale
-            if NORMALIZE:
-                b_den += tl.sum(b_f * b_z[None, :], 1)
+        m_n = i_n + tl.arange(0, BLOCK_N) < N
+        p_q = q + token_offset(i_n, stride_qn, ORDER_Q, UNIT)
+        p_o = o + token_offset(i_n, stride_on, ORDER_O, UNIT)
+        b_q0, b_q1 = load_pair(p_q, o_q0, o_q1, m_n, 0, K, K0, K1)
+        b_f0 = feature(b_q0.to(ACC), FEATURE_MAP)
+        b_a0 = b_f0.to(dtype)
+        b_o0 = product(b_a0, b_s00, tl.zeros((BLOCK_N, V0), dtype=ACC), PRECISION)
+        b_o1 = b_o0
+        if V1 > 0:
+            b_o1 = product(b_a0, b_s01, tl.zeros((BLOCK_N, V1), dtype=ACC), PRECISION)
+        if K1 > 0:
+            b_f1 = feature(b_q1.to(ACC), FEATURE_MAP)
+            b_a1 = b_f1.to(dtype)
+            b_o0 = product(b_a1, b_s10, b_o0, PRECISION)
+            if V1 > 0:
+                b_o1 = product(b_a1, b_s11, b_o1, PRECISION)
         if NORMALIZE:
-            b_o = b_o / b_den[:, None]
-        store_tile(o, b_o, o_n, stride_on, o_v, stride_od, m_n, m_v)
+            if HALF:
+                b_den = tl.sum(tl.dot(b_a0, b_c0, out_dtype=ACC), 1) * c_scale0 + eps
+                if K1 > 0:
+                    b_den += tl.sum(tl.dot(b_a1, b_c1, out_dtype=ACC), 1) * c_scale1
+            else:
+                b_den = tl.sum(b_f0 * b_z0[None, :], 1) + eps
+                if K1 > 0:
+                    b_den += tl.sum(b_f1 * b_z1[None, :], 1)
+        if NORMALIZE:
+            b_inv = s_scale / b_den
+            b_o0, b_o1 = b_o0 * b_inv[:, None], b_o1 * b_inv[:, None]
+        elif dtype == tl.float16:
+            b_o0, b_o1 = b_o0 * s_scale, b_o1 * s_scale
+        store_pair(p_o, b_o0, b_o1, o_o0, o_o1, m_n, first_v, V, V0, V1)
 
 
 def launch_output(
@@ -83,10 +112,12 @@ def launch_output(
     V = o.shape[-1]
     tiling = Tiling.of("output", q.dtype, K, V)
     run, runs = tiling.run(B * H, N)
-    output_kernel[(B * H * runs, tiling.tiles_v)](
-        q, state, o, *q.stride(), *o.stride(), factor, eps, H, N, run, runs,
-        K=K, V=V, BLOCK_N=tiling.block_tokens, BLOCK_K=tiling.block_k, BLOCK_V=tiling.block_v,
-        TILES_K=tiling.tiles_k, FEATURE_MAP=feature_map, NORMALIZE=normalize,
+    layout = Layout.of(q, o)
+    output_kernel[(B * H * runs, tiling.groups)](
+        q, state, o, *layout.strides, factor, eps, H, N, run, runs,
+        K=K, V=V, BLOCK_N=tiling.block_tokens, **tiling.cover,
+        ORDER_Q=layout.orders[0], ORDER_O=layout.orders[1], UNIT=layout.unit,
+        FEATURE_MAP=feature_map, NORMALIZE=normalize,
         ACC=Tiling.acc(q.dtype), PRECISION=tiling.precision,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip

@@ -1,60 +1,237 @@
-"""What every kernel does with a tile: load it, store it, and make a tensor-core operand of it."""
+"""What every kernel does with tiles: where they lie, loading, storing, and tensor-core operands.
+
+A head dim is covered by one or two tiles whose widths are powers of two (40 = 32 + 16, the last
+masked): `X0` and `X1`, with `X1 = 0` where one is enough. Functions on a pair return the first
+tile twice where there is no second; the copy is never used.
+
+`ORDER` says which axis of a tensor is contiguous: "head_dim", "tokens", or "any". For the first two
+its other strides come in units of 16 bytes (`UNIT` elements), so that the compiler can prove the
+alignment that 16-byte accesses need.
+"""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def load_tile(pointer, rows, row_stride, columns, column_stride, row_mask, column_mask):
-    """A (rows, columns) tile, zero outside the masks. Offsets are int64: strides may pass 2^31."""
-    offsets = (
-        rows[:, None].to(tl.int64) * row_stride + columns[None, :].to(tl.int64) * column_stride
-    )
-    return tl.load(pointer + offsets, mask=row_mask[:, None] & column_mask[None, :], other=0.0)
+def head_offset(i_b, i_h, stride_b, stride_h, ORDER: tl.constexpr, UNIT: tl.constexpr):
+    """Elements from a tensor's start to the head (i_b, i_h). Strides are int64."""
+    offset = i_b * stride_b + i_h * stride_h
+    return offset if ORDER == "any" else offset * UNIT
 
 
 @triton.jit
-def store_tile(pointer, tile, rows, row_stride, columns, column_stride, row_mask, column_mask):
-    offsets = (
-        rows[:, None].to(tl.int64) * row_stride + columns[None, :].to(tl.int64) * column_stride
-    )
-    mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(pointer + offsets, tile.to(pointer.dtype.element_ty), mask=mask)
+def token_offset(i_n, stride_n, ORDER: tl.constexpr, UNIT: tl.constexpr):
+    """Elements from a head's start to its token `i_n`, a scalar."""
+    if ORDER == "head_dim":
+        return i_n * (stride_n * UNIT)
+    elif ORDER == "tokens":
+        return i_n
+    else:
+        return i_n * stride_n
+
+
+@triton.jit
+def tile_offset(
+    stride_n, stride_d, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ORDER: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """(ROWS, COLUMNS) offsets of a tile whose first column is `first`, from its first token."""
+    rows = tl.arange(0, ROWS).to(tl.int64)[:, None]
+    columns = (first + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
+    if ORDER == "head_dim":
+        return rows * (stride_n * UNIT) + columns
+    elif ORDER == "tokens":
+        return rows + columns * (stride_d * UNIT)
+    else:
+        return rows * stride_n + columns * stride_d
+
+
+@triton.jit
+def pair_offset(
+    stride_n, stride_d, first, ROWS: tl.constexpr, X0: tl.constexpr, X1: tl.constexpr,
+    ORDER: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """The offsets of both tiles of a head dim, from column `first` on."""
+    offset0 = tile_offset(stride_n, stride_d, first, ROWS, X0, ORDER, UNIT)
+    offset1 = offset0
+    if X1 > 0:
+        offset1 = tile_offset(stride_n, stride_d, first + X0, ROWS, X1, ORDER, UNIT)
+    return offset0, offset1
+
+
+@triton.jit
+def load_pair(
+    pointer, offset0, offset1, rows, first, X: tl.constexpr, X0: tl.constexpr, X1: tl.constexpr
+):
+    """Both tiles of the columns from `first` up to X, zero beyond and outside `rows`."""
+    x0 = tl.load(pointer + offset0, mask=tile_mask(rows, first, X, X0), other=0.0)
+    x1 = x0
+    if X1 > 0:
+        x1 = tl.load(pointer + offset1, mask=tile_mask(rows, first + X0, X, X1), other=0.0)
+    return x0, x1
+
+
+@triton.jit
+def store_pair(
+    pointer, x0, x1, offset0, offset1, rows, first,
+    X: tl.constexpr, X0: tl.constexpr, X1: tl.constexpr,
+):  # fmt: skip
+    dtype = pointer.dtype.element_ty
+    tl.store(pointer + offset0, x0.to(dtype), mask=tile_mask(rows, first, X, X0))
+    if X1 > 0:
+        tl.store(pointer + offset1, x1.to(dtype), mask=tile_mask(rows, first + X0, X, X1))
+
+
+@triton.jit
+def tile_mask(rows, first, X: tl.constexpr, WIDTH: tl.constexpr):
+    return rows[:, None] & ((first + tl.arange(0, WIDTH)) < X)[None, :]
+
+
+@triton.jit
+def state_offset(k, v, K0: tl.constexpr, V0: tl.constexpr, V: tl.constexpr):
+    """Offsets of the (K0, V0) tile of S at row k and column v."""
+    return (k + tl.arange(0, K0))[:, None] * V + (v + tl.arange(0, V0))[None, :]
 
 
 @triton.jit
 def load_state_tile(
-    state, factor, i_k, i_v, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    state, factor, k, v, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr, V0: tl.constexpr
+):
+    """factor * S[k : k + K0, v : v + V0] in the accumulation type, zero outside (K, V)."""
+    mask = ((k + tl.arange(0, K0)) < K)[:, None] & ((v + tl.arange(0, V0)) < V)[None, :]
+    return tl.load(state + state_offset(k, v, K0, V0, V), mask=mask, other=0.0) * factor
+
+
+@triton.jit
+def load_state(
+    state, factor, v, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
+    V0: tl.constexpr, V1: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """factor * S[k-tile, v-tile] in the accumulation type, zero outside (K, V)."""
-    o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    mask = (o_k < K)[:, None] & (o_v < V)[None, :]
-    return tl.load(state + o_k[:, None] * V + o_v[None, :], mask=mask, other=0.0) * factor
+    """factor * S from column v on as operands s00, s01, s10, s11 and the scale they stand for.
 
-
-@triton.jit
-def load_key_sum(state, factor, i_k, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr):
-    """factor * z[k-tile]; z lies behind S in the state's row."""
-    o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    return tl.load(state + K * V + o_k, mask=o_k < K, other=0.0) * factor
-
-
-@triton.jit
-def to_operand(x, dtype: tl.constexpr):
-    """Round `x` to the tensor cores' input type: returns (operand, scale), x ~ operand * scale.
-
-    float16 ends at 65504 and sinks into subnormals below 6e-5, and S, dS or phi(q)/den pass both
-    ends in honest use, so there the tile is first brought to about 2^13 by a power of two, which
-    is exact. The peak is taken over finite elements: an inf must stay in its own column.
+    float16 ends at 65504 and sinks into subnormals below 6e-5, and S and dS pass both ends in
+    honest use, so there they are first brought to about 2^13 by a power of two, which is exact.
     """
+    s00 = load_state_tile(state, factor, 0, v, K, V, K0, V0)
+    s01, s10, s11 = s00, s00, s00
+    if V1 > 0:
+        s01 = load_state_tile(state, factor, 0, v + V0, K, V, K0, V1)
+    if K1 > 0:
+        s10 = load_state_tile(state, factor, K0, v, K, V, K1, V0)
+    if K1 * V1 > 0:
+        s11 = load_state_tile(state, factor, K0, v + V0, K, V, K1, V1)
     if dtype == tl.float16:
-        size = tl.abs(x)
-        peak = tl.max(tl.max(tl.where(size < float("inf"), size, 0.0), 1), 0)
-        # The float32 exponent bits alone are the largest power of two not above peak.
-        power = (peak.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        scale = tl.maximum(power, 7.9e-31) * 0.0001220703125
-        return (x / scale).to(dtype), scale
+        top = peak(s00)
+        if V1 > 0:
+            top = tl.maximum(top, peak(s01))
+        if K1 > 0:
+            top = tl.maximum(top, peak(s10))
+        if K1 * V1 > 0:
+            top = tl.maximum(top, peak(s11))
+        scale = operand_scale(top)
+        s00, s01, s10, s11 = s00 / scale, s01 / scale, s10 / scale, s11 / scale
     else:
-        return x.to(dtype), 1.0
+        scale = tl.full((), 1.0, factor.dtype)
+    return s00.to(dtype), s01.to(dtype), s10.to(dtype), s11.to(dtype), scale
+
+
+@triton.jit
+def store_state(
+    pointer, s00, s01, s10, s11, v, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr,
+    K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+):  # fmt: skip
+    """Write the tiles of S from column v on."""
+    store_state_tile(pointer, s00, 0, v, K, V, K0, V0)
+    if V1 > 0:
+        store_state_tile(pointer, s01, 0, v + V0, K, V, K0, V1)
+    if K1 > 0:
+        store_state_tile(pointer, s10, K0, v, K, V, K1, V0)
+    if K1 * V1 > 0:
+        store_state_tile(pointer, s11, K0, v + V0, K, V, K1, V1)
+
+
+@triton.jit
+def store_state_tile(
+    pointer, tile, k, v, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr, V0: tl.constexpr
+):
+    mask = ((k + tl.arange(0, K0)) < K)[:, None] & ((v + tl.arange(0, V0)) < V)[None, :]
+    tl.store(pointer + state_offset(k, v, K0, V0, V), tile, mask=mask)
+
+
+@triton.jit
+def load_key_sum(
+    state, factor, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr
+):
+    """factor * z as two tiles; z lies behind S in the state's row."""
+    o_k = tl.arange(0, K0)
+    z0 = tl.load(state + K * V + o_k, mask=o_k < K, other=0.0) * factor
+    z1 = z0
+    if K1 > 0:
+        p_k = K0 + tl.arange(0, K1)
+        z1 = tl.load(state + K * V + p_k, mask=p_k < K, other=0.0) * factor
+    return z0, z1
+
+
+@triton.jit
+def key_sum_operand(z, dtype: tl.constexpr):
+    """z `(K0,)` as a 16-bit `(K0, 16)` operand and its scale: its columns add up to z.
+
+    The product with it is phi(q) . z in float32 precision, with the very phi(q) that meets S, and
+    costs the tensor cores less than a sum over K costs the other units.
+    """
+    scale = tl.full((), 1.0, z.dtype)
+    if dtype == tl.float16:
+        size = tl.abs(z)
+        scale = operand_scale(tl.max(tl.where(size < float("inf"), size, 0.0), 0))
+    rest = z / scale
+    high = rest.to(dtype)
+    rest -= high.to(z.dtype)
+    middle = rest.to(dtype)
+    low = (rest - middle.to(z.dtype)).to(dtype)
+    column = tl.arange(0, 16)[None, :]
+    zero = tl.zeros((1, 16), dtype)
+    operand = tl.where(column == 2, low[:, None], zero)
+    operand = tl.where(column == 1, middle[:, None], operand)
+    return tl.where(column == 0, high[:, None], operand), scale
+
+
+@triton.jit
+def store_key_sum(
+    pointer, z0, z1, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr
+):
+    o_k = tl.arange(0, K0)
+    tl.store(pointer + K * V + o_k, z0, mask=o_k < K)
+    if K1 > 0:
+        p_k = K0 + tl.arange(0, K1)
+        tl.store(pointer + K * V + p_k, z1, mask=p_k < K)
+
+
+@triton.jit
+def peak(x):
+    """The largest finite |x|: an inf must stay in its own column."""
+    size = tl.abs(x)
+    return tl.max(tl.max(tl.where(size < float("inf"), size, 0.0), 1), 0)
+
+
+@triton.jit
+def operand_scale(top):
+    """The power of two that brings `top` to about 2^13, the middle of float16's range."""
+    # The float32 exponent bits alone are the largest power of two not above top.
+    power = (top.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.maximum(power, 7.9e-31) * 0.0001220703125
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b, in the type of acc."""
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def scaled_product(a, b, acc, scale, PRECISION: tl.constexpr):
+    """acc + scale a b; only float16 ever needs a scale other than 1."""
+    if a.dtype == tl.float16:
+        return acc + tl.dot(a, b, input_precision=PRECISION, out_dtype=acc.dtype) * scale
+    else:
+        return product(a, b, acc, PRECISION)

@@ -8,9 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-# The widest tile of a head dim, by bytes of an element: (tile, tile) accumulators must fit in
-# the registers of one program, and float32 and float64 take two and four times the room.
-WIDEST_TILE = {2: 128, 4: 64, 8: 32}
+# The largest sum of outer products that one program keeps in registers, by bytes of an element.
+LARGEST_STATE = {2: 160 * 160, 4: 64 * 64, 8: 32 * 32}
 # 16-bit types: (tokens of a block, warps, pipeline stages) by kernel, for heads up to 64 and up to
 # 128 wide. The fastest of those measured on an H200.
 SCHEDULES = {
@@ -25,13 +24,14 @@ ENOUGH_PROGRAMS = 1024
 
 @dataclass(frozen=True)
 class Tiling:
-    """How one kernel cuts (dtype, K, V): `tiles_k` x `tiles_v` tiles of `block_k` x `block_v`."""
+    """How one kernel cuts (dtype, K, V): K into tiles k0 + k1, V into `groups` of v0 + v1."""
 
     block_tokens: int
-    block_k: int
-    block_v: int
-    tiles_k: int
-    tiles_v: int
+    k0: int
+    k1: int
+    v0: int
+    v1: int
+    groups: int
     num_warps: int
     num_stages: int
     acc_dtype: torch.dtype
@@ -42,28 +42,32 @@ class Tiling:
     def of(kernel: str, dtype: torch.dtype, K: int, V: int) -> "Tiling":
         if dtype == torch.float64:
             require_float64_products()
-        widest = WIDEST_TILE[dtype.itemsize]
-        block_k = max(16, min(widest, triton.next_power_of_2(K)))
-        block_v = max(16, min(widest, triton.next_power_of_2(V)))
+        k0, k1 = head_dim_cover(K)
+        v0, v1 = head_dim_cover(V)
+        largest = LARGEST_STATE[dtype.itemsize]
+        if (k0 + k1) * (v0 + v1) > largest:
+            v0, v1 = max(16, 2 ** ((largest // (k0 + k1)).bit_length() - 1)), 0
         # With 32 tokens the ptxas of Triton 3.6 crashes on one of the float64 kernels.
-        tokens, warps, stages = (16 if dtype.itemsize == 8 else 32), 4, 3
+        tokens, warps, stages = (16 if dtype.itemsize == 8 else 32), 4, 1
         if dtype.itemsize == 2:
-            tokens, warps, stages = SCHEDULES[kernel][64 if max(block_k, block_v) <= 64 else 128]
-        if max(K, V) > widest:
-            # Several tiles are loaded in turn: pipelined, they would fill the shared memory.
-            stages = 1
+            tokens, warps, stages = SCHEDULES[kernel][64 if max(K, V) <= 64 else 128]
         return Tiling(
             block_tokens=tokens,
-            block_k=block_k,
-            block_v=block_v,
-            tiles_k=triton.cdiv(K, block_k),
-            tiles_v=triton.cdiv(V, block_v),
+            k0=k0,
+            k1=k1,
+            v0=v0,
+            v1=v1,
+            groups=triton.cdiv(V, v0 + v1),
             num_warps=warps,
             num_stages=stages,
             acc_dtype=torch.float64 if dtype == torch.float64 else torch.float32,
             # float32 means float32: tf32 would keep 10 bits of 23.
             precision="ieee",
         )
+
+    @property
+    def cover(self) -> dict[str, int]:
+        return {"K0": self.k0, "K1": self.k1, "V0": self.v0, "V1": self.v1}
 
     @staticmethod
     def acc(dtype: torch.dtype) -> tl.dtype:
@@ -77,7 +81,7 @@ class Tiling:
         tokens; 2048 once there are eight programs, up to 32 of them (8 where a head's state is cut
         into tiles, whose partial sums are large). B and H must not enter: see `kernels.state`.
         """
-        most = 32 if self.tiles_k * self.tiles_v == 1 else 8
+        most = 32 if self.groups == 1 else 8
         splits = min(most, max(min(8, triton.cdiv(tokens, 512)), triton.cdiv(tokens, 2048)))
         chunk = triton.cdiv(triton.cdiv(tokens, splits), self.block_tokens) * self.block_tokens
         return chunk, triton.cdiv(tokens, chunk)
@@ -90,6 +94,18 @@ class Tiling:
         blocks = triton.cdiv(tokens, self.block_tokens)
         run = max(1, min(8, rows * blocks // ENOUGH_PROGRAMS))
         return run * self.block_tokens, triton.cdiv(blocks, run)
+
+
+def head_dim_cover(D: int) -> tuple[int, int]:
+    """One or two powers of two, at least 16 and at most 128, that cover `D` with little to spare.
+
+    >>> head_dim_cover(64), head_dim_cover(40), head_dim_cover(112), head_dim_cover(160)
+    ((64, 0), (32, 16), (128, 0), (128, 32))
+    """
+    whole = max(16, triton.next_power_of_2(D))
+    first = min(128, whole // 2)
+    rest = max(16, triton.next_power_of_2(D - first))
+    return (whole, 0) if whole <= 128 and first + rest >= whole else (first, rest)
 
 
 def require_float64_products() -> None:
