@@ -1,7 +1,7 @@
 """Differentiation: which passes make up forward and backward, and what is kept between them.
 
-Kept are q, k, v (the inputs themselves) and the state, `K * V + K` numbers a head: nothing that
-grows with the number of tokens.
+Kept are q, k, v (the inputs themselves), the state, `K * V + K` numbers a head, and one number a
+token and head, the inverse of its denominator: nothing of the size of q.
 """
 
 import torch
@@ -16,16 +16,16 @@ class LinearAttn(torch.autograd.Function):
     def forward(ctx, q, k, v, feature_map, normalizer, scale, eps):
         ctx.options = (feature_map, normalizer, scale, eps)
         with torch._C._AutoDispatchBelowAutograd():
-            o, state = torch.ops.fbila.linear_attn_forward(q, k, v, *ctx.options)
-        ctx.save_for_backward(q, k, v, state)
+            o, state, inverse = torch.ops.fbila.linear_attn_forward(q, k, v, *ctx.options)
+        ctx.save_for_backward(q, k, v, state, inverse)
         return o
 
     @staticmethod
     def backward(ctx, do):
-        q, k, v, state = ctx.saved_tensors
+        q, k, v, state, inverse = ctx.saved_tensors
         need_q, need_k, need_v = ctx.needs_input_grad[:3]
         dq, dk, dv = torch.ops.fbila.linear_attn_backward(
-            do, q, k, v, state, *ctx.options, [need_q, need_k or need_v]
+            do, q, k, v, state, inverse, *ctx.options, [need_q, need_k or need_v]
         )
         return (
             dq if need_q else None,
@@ -39,9 +39,9 @@ class LinearAttnBackward(torch.autograd.Function):
     """`fbila::linear_attn_backward`, whose own gradient is refused rather than silently zero."""
 
     @staticmethod
-    def forward(ctx, do, q, k, v, state, *options):
+    def forward(ctx, do, q, k, v, state, inverse, *options):
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.fbila.linear_attn_backward(do, q, k, v, state, *options)
+            return torch.ops.fbila.linear_attn_backward(do, q, k, v, state, inverse, *options)
 
     @staticmethod
     def backward(ctx, *_):
@@ -55,10 +55,8 @@ def linear_attn(q, k, v, feature_map, normalizer, scale, eps):
     return LinearAttn.apply(q, k, v, feature_map, normalizer, scale, eps)
 
 
-def linear_attn_backward(do, q, k, v, state, feature_map, normalizer, scale, eps, needs_grad):
-    return LinearAttnBackward.apply(
-        do, q, k, v, state, feature_map, normalizer, scale, eps, needs_grad
-    )
+def linear_attn_backward(do, q, k, v, state, inverse, *options):
+    return LinearAttnBackward.apply(do, q, k, v, state, inverse, *options)
 
 
 LIBRARY.impl("linear_attn", linear_attn, "Autograd")

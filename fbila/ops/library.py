@@ -14,9 +14,11 @@ from .layout import empty_like_order
 LIBRARY = torch.library.Library("fbila", "DEF")
 _OPTIONS = "str feature_map, str normalizer, float scale, float eps"
 LIBRARY.define(f"linear_attn(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> Tensor")
-LIBRARY.define(f"linear_attn_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)")
 LIBRARY.define(
-    "linear_attn_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor state, "
+    f"linear_attn_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "linear_attn_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor state, Tensor inverse, "
     f"{_OPTIONS}, bool[] needs_grad) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -28,10 +30,19 @@ def _scalars(normalizer: str, scale: float, eps: float, M: int) -> tuple[float, 
     return 1.0 / M, eps if normalizer == "mean" else eps / M
 
 
+def _sum_dtype(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
 def _empty_state(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     B, H, _, K = k.shape
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(B * H, K * v.shape[-1] + K, dtype=dtype)
+    return q.new_empty(B * H, K * v.shape[-1] + K, dtype=_sum_dtype(q))
+
+
+def _empty_inverse(q: torch.Tensor, normalizer: str) -> torch.Tensor:
+    """For 1 / denominator `(B, H, N)`; empty where there is none."""
+    B, H, N = q.shape[:3]
+    return q.new_empty((0,) if normalizer == "none" else (B, H, N), dtype=_sum_dtype(q))
 
 
 def forward(
@@ -42,21 +53,13 @@ def forward(
     normalizer: str,
     scale: float,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """o `(B, H, N, V)` and the state `(B * H, K * V + K)` that the backward pass needs."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """o `(B, H, N, V)` and what the backward pass needs: the state and 1 / denominator."""
     o = empty_like_order(q, v.shape[-1])
-    M = k.shape[2]
-    if o.numel() == 0 or M == 0:
-        return o.zero_(), _empty_state(q, k, v).zero_()
-    from .kernels.output import launch_output
-    from .kernels.state import launch_state
-
-    normalize = normalizer != "none"
-    with _on_device_of(q):
-        state = launch_state(k, v, feature_map, normalize)
-        factor, eps = _scalars(normalizer, scale, eps, M)
-        launch_output(q, state, o, feature_map, normalize, factor, eps)
-    return o, state
+    inverse = _empty_inverse(q, normalizer)
+    if o.numel() == 0 or k.shape[2] == 0:
+        return o.zero_(), _empty_state(q, k, v).zero_(), inverse.zero_()
+    return o, _forward(q, k, v, o, inverse, feature_map, normalizer, scale, eps), inverse
 
 
 def inference(
@@ -68,7 +71,36 @@ def inference(
     scale: float,
     eps: float,
 ) -> torch.Tensor:
-    return forward(q, k, v, feature_map, normalizer, scale, eps)[0]
+    """o alone, and nothing kept."""
+    o = empty_like_order(q, v.shape[-1])
+    if o.numel() == 0 or k.shape[2] == 0:
+        return o.zero_()
+    _forward(q, k, v, o, None, feature_map, normalizer, scale, eps)
+    return o
+
+
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    inverse: torch.Tensor | None,
+    feature_map: str,
+    normalizer: str,
+    scale: float,
+    eps: float,
+) -> torch.Tensor:
+    from .kernels.output import launch_output
+    from .kernels.state import launch_state
+
+    normalize = normalizer != "none"
+    factor, eps = _scalars(normalizer, scale, eps, k.shape[2])
+    with _on_device_of(q):
+        state = launch_state(k, v, None, feature_map)
+        launch_output(
+            q, state, o, inverse if normalize else None, feature_map, normalize, factor, eps
+        )
+    return state
 
 
 def backward(
@@ -77,6 +109,7 @@ def backward(
     k: torch.Tensor,
     v: torch.Tensor,
     state: torch.Tensor,
+    inverse: torch.Tensor,
     feature_map: str,
     normalizer: str,
     scale: float,
@@ -92,9 +125,11 @@ def backward(
     from .kernels.grad_query import launch_grad_query
 
     normalize = normalizer != "none"
-    factor, eps = _scalars(normalizer, scale, eps, M)
+    factor, _ = _scalars(normalizer, scale, eps, M)
     with _on_device_of(q):
-        dstate = launch_grad_query(q, do, state, dq, feature_map, normalize, factor, eps)
+        dstate = launch_grad_query(
+            q, do, state, inverse if normalize else None, dq, feature_map, factor
+        )
         if needs_grad[1]:
             launch_grad_key(k, v, dstate, dk, dv, feature_map, normalize, factor)
     return dq, dk, dv
@@ -130,9 +165,9 @@ def _(q, k, v, feature_map, normalizer, scale, eps):
 
 @torch.library.register_fake("fbila::linear_attn_forward", lib=LIBRARY)
 def _(q, k, v, feature_map, normalizer, scale, eps):
-    return empty_like_order(q, v.shape[-1]), _empty_state(q, k, v)
+    return empty_like_order(q, v.shape[-1]), _empty_state(q, k, v), _empty_inverse(q, normalizer)
 
 
 @torch.library.register_fake("fbila::linear_attn_backward", lib=LIBRARY)
-def _(do, q, k, v, state, feature_map, normalizer, scale, eps, needs_grad):
+def _(do, q, k, v, state, inverse, feature_map, normalizer, scale, eps, needs_grad):
     return _empty_gradients(q, k, v, needs_grad)

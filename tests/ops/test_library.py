@@ -46,10 +46,10 @@ def test_linear_attn(layout, dtype, options):
 def test_forward_and_backward(layout, dtype, options):
     q, k, v, do = tensors(dtype, layout)
     opcheck(torch.ops.fbila.linear_attn_forward.default, (q, k, v, *options))
-    _, state = torch.ops.fbila.linear_attn_forward(q, k, v, *options)
+    _, state, inverse = torch.ops.fbila.linear_attn_forward(q, k, v, *options)
     backward = torch.ops.fbila.linear_attn_backward.default
     for needs_grad in ([True, True], [True, False], [False, True]):
-        opcheck(backward, (do, q, k, v, state, *options, needs_grad))
+        opcheck(backward, (do, q, k, v, state, inverse, *options, needs_grad))
 
 
 @pytest.mark.parametrize(
@@ -62,9 +62,9 @@ def test_empty_inputs(shape):
     options = OPTIONS["mean"]
     opcheck(torch.ops.fbila.linear_attn.default, (q, k, v, *options))
     opcheck(torch.ops.fbila.linear_attn_forward.default, (q, k, v, *options))
-    _, state = torch.ops.fbila.linear_attn_forward(q, k, v, *options)
+    _, state, inverse = torch.ops.fbila.linear_attn_forward(q, k, v, *options)
     backward = torch.ops.fbila.linear_attn_backward.default
-    opcheck(backward, (do, q, k, v, state, *options, [True, True]))
+    opcheck(backward, (do, q, k, v, state, inverse, *options, [True, True]))
 
 
 @pytest.mark.parametrize("layout", [None, "token_major", "packed_qkv", "token_contiguous"])
@@ -76,10 +76,10 @@ def test_fakes_return_the_strides_of_the_real_ones(layout):
         # Inference mode goes below autograd, straight to the implementation or the fake.
         with torch.inference_mode():
             o = torch.ops.fbila.linear_attn(q, k, v, *options)
-            o2, state = torch.ops.fbila.linear_attn_forward(q, k, v, *options)
+            o2, state, inverse = torch.ops.fbila.linear_attn_forward(q, k, v, *options)
             backward = torch.ops.fbila.linear_attn_backward
-            gradients = backward(do, q, k, v, state, *options, [True, True])
-        return [(x.shape, x.stride(), x.dtype, x.device) for x in (o, o2, state, *gradients)]
+            gradients = backward(do, q, k, v, state, inverse, *options, [True, True])
+        return [(x.shape, x.stride(), x.dtype, x.device) for x in (o, o2, state, inverse, *gradients)]
 
     real = results(made[3], *made[:3])
     with FakeTensorMode() as mode:

@@ -37,9 +37,9 @@ def test_without_gradients_nothing_is_recorded(variant):
 
 def test_keys_are_left_alone_when_only_the_query_learns(launches):
     q, k, v, do = make_qkv((1, 2, 5, 7, 4, 4), torch.float32)
-    state = q.new_empty(2, 4 * 4 + 4)
+    state, inverse = q.new_empty(2, 4 * 4 + 4), q.new_empty(1, 2, 5)
     options = ("none", "mean", 1.0, 1e-6)
-    torch.ops.fbila.linear_attn_backward(do, q, k, v, state, *options, [True, False])
+    torch.ops.fbila.linear_attn_backward(do, q, k, v, state, inverse, *options, [True, False])
     assert launches == ["fbila.ops.kernels.grad_query.launch_grad_query"]
 
 
@@ -54,9 +54,11 @@ def saved_besides_the_inputs(variant, N, M):
 
 
 @each_variant
-def test_what_is_kept_does_not_grow_with_the_tokens(variant):
-    few, many = saved_besides_the_inputs(variant, 5, 7), saved_besides_the_inputs(variant, 50, 600)
-    assert few == many == 2 * (16 * 8 + 16)
+def test_little_is_kept(variant):
+    """The state, and one number a query and head where there is a denominator."""
+    for N, M in ((5, 7), (50, 600)):
+        inverse = 0 if variant.normalizer is None else 2 * N
+        assert saved_besides_the_inputs(variant, N, M) == 2 * (16 * 8 + 16) + inverse
 
 
 @each_variant

@@ -6,34 +6,38 @@ import pytest
 import torch
 from helpers import MEAN, make_qkv, run
 
-from fbila.ops.kernels import grad_key, grad_query, output, state
-from fbila.ops.kernels.tiling import Tiling, require_float64_products
+from fbila.ops.kernels import grad_feature, grad_key, grad_query, output, state
+from fbila.ops.kernels.tiling import SCHEDULES, Tiling, require_float64_products
 
 ALL_DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 HEAD_DIMS = [1, 3, 16, 17, 32, 40, 64, 72, 80, 96, 128, 160, 256]
 TOKENS = [1, 2, 63, 64, 65, 511, 512, 513, 4096, 4097, 16_384, 16_385, 2**20 + 1]
 
 
+@pytest.mark.parametrize("kernel", SCHEDULES)
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
-def test_tiles_cover_both_head_dims(dtype):
+def test_tiles_cover_both_head_dims(dtype, kernel):
     for K in HEAD_DIMS:
         for V in HEAD_DIMS:
-            tiling = Tiling.of("state", dtype, K, V)
-            for dim, block, tiles in ((K, tiling.block_k, tiling.tiles_k),
-                                      (V, tiling.block_v, tiling.tiles_v)):  # fmt: skip
-                assert block >= 16 and block & (block - 1) == 0
-                assert (tiles - 1) * block < dim <= tiles * block
+            tiling = Tiling.of(kernel, dtype, K, V)
+            for first, second in ((tiling.k0, tiling.k1), (tiling.v0, tiling.v1)):
+                assert first >= 16 and first.bit_count() == 1
+                assert second == 0 or (second >= 16 and second.bit_count() == 1)
+            assert tiling.k0 + tiling.k1 >= K
+            width = tiling.v0 + tiling.v1
+            assert (tiling.groups - 1) * width < V <= tiling.groups * width
+            assert tiling.groups == 1 or tiling.v1 == 0
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_splits_cover_every_token_once(tokens, dtype):
-    for K in (16, 256):
+    for K in (16, 40, 80, 256):
         tiling = Tiling.of("state", dtype, K, K)
         chunk, splits = tiling.split(tokens)
         assert chunk % tiling.block_tokens == 0
         assert (splits - 1) * chunk < tokens <= splits * chunk
-        assert splits <= 32
+        assert splits <= max(8, tokens / 2048 + 1)
         for rows in (1, 20, 2000):
             run, runs = tiling.run(rows, tokens)
             assert run % tiling.block_tokens == 0
@@ -58,17 +62,19 @@ def test_one_compiled_kernel_serves_every_length():
         state.state_kernel,
         output.output_kernel,
         grad_query.grad_query_kernel,
+        grad_feature.grad_feature_kernel,
         grad_key.grad_key_kernel,
     ]
 
     def compiled():
         return sum(len(cache[0]) for x in kernels for cache in x.device_caches.values())
 
-    run(MEAN, *make_qkv((2, 2, 1000, 1001, 64, 64), torch.float16))
-    once = compiled()
-    for N, M in ((1, 2), (1024, 512), (8192, 77), (16384, 4096), (4097, 16384)):
-        run(MEAN, *make_qkv((2, 2, N, M, 64, 64), torch.float16))
-    assert compiled() == once
+    for D in (40, 64, 80):
+        run(MEAN, *make_qkv((2, 2, 1000, 1001, D, D), torch.float16))
+        once = compiled()
+        for N, M in ((1, 2), (1024, 512), (8192, 77), (16384, 4096), (4097, 16384)):
+            run(MEAN, *make_qkv((2, 2, N, M, D, D), torch.float16))
+        assert compiled() == once
 
 
 def test_float64_on_a_gpu_needs_triton_3_5(monkeypatch):

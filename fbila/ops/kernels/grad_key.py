@@ -4,15 +4,19 @@
     dphi(k_j) = v_j dS^T + dz         dk_j = dphi(k_j) * phi'(k_j)
 
 dS and dz come scaled (the gradient of S' and z'); the factor that scaled S is applied here. Where
-dS is too large for one program, each makes some columns of dv, and the first makes dk.
+dS is too large for one program, `output` makes dv, with k for queries, and `grad_feature` dk.
 """
 
+from functools import lru_cache
+
 import torch
-import triton
 import triton.language as tl
 
 from .features import feature, feature_gradient
-from .memory import Layout
+from .grad_feature import launch_grad_feature
+from .launch import Launch, kernel
+from .memory import Axes, Layout
+from .output import launch_output
 from .tiles import (
     head_offset,
     load_key_sum,
@@ -22,36 +26,29 @@ from .tiles import (
     product,
     scaled_product,
     store_pair,
-    tile_mask,
-    tile_offset,
     token_offset,
 )
 from .tiling import Tiling
 
 
-@triton.jit(do_not_specialize=["H", "M", "run", "runs", "stride_kb", "stride_kh", "stride_km",
-                               "stride_vb", "stride_vh", "stride_vm", "stride_fb", "stride_fh",
-                               "stride_fm", "stride_gb", "stride_gh", "stride_gm"])  # fmt: skip
+@kernel
 def grad_key_kernel(
     k, v, dstate, dk, dv,
-    stride_kb: "i64", stride_kh: "i64", stride_km: "i64", stride_kd,
-    stride_vb: "i64", stride_vh: "i64", stride_vm: "i64", stride_vd,
-    stride_fb: "i64", stride_fh: "i64", stride_fm: "i64", stride_fd,
-    stride_gb: "i64", stride_gh: "i64", stride_gm: "i64", stride_gd,
+    stride_kb: "i64", stride_kh: "i64", stride_km: "i64", stride_kd: "i64",
+    stride_vb: "i64", stride_vh: "i64", stride_vm: "i64", stride_vd: "i64",
+    stride_fb: "i64", stride_fh: "i64", stride_fm: "i64", stride_fd: "i64",
+    stride_gb: "i64", stride_gh: "i64", stride_gm: "i64", stride_gd: "i64",
     factor: "fp64",
-    H, M, run, runs,
+    H: "i32", M: "i32", run: "i32", runs: "i32",
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    GROUPS: tl.constexpr,
     ORDER_K: tl.constexpr, ORDER_V: tl.constexpr, ORDER_F: tl.constexpr, ORDER_G: tl.constexpr,
-    UNIT: tl.constexpr,
+    UNIT: tl.constexpr, SAME: tl.constexpr,
     FEATURE_MAP: tl.constexpr, NORMALIZE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_brh = tl.program_id(0).to(tl.int64)
     i_b, i_r, i_h = i_brh // H // runs, i_brh // H % runs, i_brh % H
-    i_bh = i_b * H + i_h
-    first_v = tl.program_id(1) * (V0 + V1)
     factor = tl.full((), factor, ACC)
 
     k += head_offset(i_b, i_h, stride_kb, stride_kh, ORDER_K, UNIT)
@@ -59,15 +56,16 @@ def grad_key_kernel(
     dk += head_offset(i_b, i_h, stride_fb, stride_fh, ORDER_F, UNIT)
     dv += head_offset(i_b, i_h, stride_gb, stride_gh, ORDER_G, UNIT)
     o_k0, o_k1 = pair_offset(stride_km, stride_kd, 0, BLOCK_M, K0, K1, ORDER_K, UNIT)
-    o_v0, o_v1 = pair_offset(stride_vm, stride_vd, first_v, BLOCK_M, V0, V1, ORDER_V, UNIT)
-    o_f0, o_f1 = pair_offset(stride_fm, stride_fd, 0, BLOCK_M, K0, K1, ORDER_F, UNIT)
-    o_g0, o_g1 = pair_offset(stride_gm, stride_gd, first_v, BLOCK_M, V0, V1, ORDER_G, UNIT)
+    if SAME:
+        o_v0, o_v1, o_f0, o_f1, o_g0, o_g1 = o_k0, o_k1, o_k0, o_k1, o_k0, o_k1
+    else:
+        o_v0, o_v1 = pair_offset(stride_vm, stride_vd, 0, BLOCK_M, V0, V1, ORDER_V, UNIT)
+        o_f0, o_f1 = pair_offset(stride_fm, stride_fd, 0, BLOCK_M, K0, K1, ORDER_F, UNIT)
+        o_g0, o_g1 = pair_offset(stride_gm, stride_gd, 0, BLOCK_M, V0, V1, ORDER_G, UNIT)
     dtype: tl.constexpr = k.dtype.element_ty
 
-    dstate += i_bh * (K * V + K)
-    b_s00, b_s01, b_s10, b_s11, s_scale = load_state(
-        dstate, factor, first_v, K, V, K0, K1, V0, V1, dtype
-    )
+    dstate += (i_b * H + i_h) * (K * V + K)
+    b_s00, b_s01, b_s10, b_s11, s_scale = load_state(dstate, factor, 0, K, V, K0, K1, V0, V1, dtype)
     if NORMALIZE:
         b_z0, b_z1 = load_key_sum(dstate, factor, K, V, K0, K1)
 
@@ -93,44 +91,68 @@ def grad_key_kernel(
         if dtype == tl.float16:
             b_dv0, b_dv1 = b_dv0 * s_scale, b_dv1 * s_scale
         p_g = dv + token_offset(i_m, stride_gm, ORDER_G, UNIT)
-        store_pair(p_g, b_dv0, b_dv1, o_g0, o_g1, m_m, first_v, V, V0, V1)
+        store_pair(p_g, b_dv0, b_dv1, o_g0, o_g1, m_m, 0, V, V0, V1)
 
-        if GROUPS == 1 or tl.program_id(1) == 0:
-            b_df0 = tl.zeros((BLOCK_M, K0), dtype=ACC)
-            b_df1 = b_df0
-            if K1 > 0:
-                b_df1 = tl.zeros((BLOCK_M, K1), dtype=ACC)
-            if GROUPS == 1:
-                b_v0, b_v1 = load_pair(p_v, o_v0, o_v1, m_m, 0, V, V0, V1)
-                b_df0 = product(b_v0, tl.trans(b_s00), b_df0, PRECISION)
-                if V1 > 0:
-                    b_df0 = product(b_v1, tl.trans(b_s01), b_df0, PRECISION)
-                if K1 > 0:
-                    b_df1 = product(b_v0, tl.trans(b_s10), b_df1, PRECISION)
-                if K1 * V1 > 0:
-                    b_df1 = product(b_v1, tl.trans(b_s11), b_df1, PRECISION)
-                if dtype == tl.float16:
-                    b_df0, b_df1 = b_df0 * s_scale, b_df1 * s_scale
-            else:
-                for j in range(GROUPS):
-                    c_s0, _, c_s1, _, c_scale = load_state(
-                        dstate, factor, j * V0, K, V, K0, K1, V0, 0, dtype
-                    )
-                    c_o = tile_offset(stride_vm, stride_vd, j * V0, BLOCK_M, V0, ORDER_V, UNIT)
-                    c_v = tl.load(p_v + c_o, mask=tile_mask(m_m, j * V0, V, V0), other=0.0)
-                    b_df0 = scaled_product(c_v, tl.trans(c_s0), b_df0, c_scale, PRECISION)
-                    if K1 > 0:
-                        b_df1 = scaled_product(c_v, tl.trans(c_s1), b_df1, c_scale, PRECISION)
+        b_v0, b_v1 = load_pair(p_v, o_v0, o_v1, m_m, 0, V, V0, V1)
+        b_df0 = tl.zeros((BLOCK_M, K0), dtype=ACC)
+        b_df0 = scaled_product(b_v0, tl.trans(b_s00), b_df0, s_scale, PRECISION)
+        if V1 > 0:
+            b_df0 = scaled_product(b_v1, tl.trans(b_s01), b_df0, s_scale, PRECISION)
+        if NORMALIZE:
+            b_df0 += b_z0[None, :]
+        b_dk0 = feature_gradient(b_df0, b_f0, FEATURE_MAP)
+        b_dk1 = b_dk0
+        if K1 > 0:
+            b_df1 = tl.zeros((BLOCK_M, K1), dtype=ACC)
+            b_df1 = scaled_product(b_v0, tl.trans(b_s10), b_df1, s_scale, PRECISION)
+            if V1 > 0:
+                b_df1 = scaled_product(b_v1, tl.trans(b_s11), b_df1, s_scale, PRECISION)
             if NORMALIZE:
-                b_df0 += b_z0[None, :]
-                if K1 > 0:
-                    b_df1 += b_z1[None, :]
-            b_dk0 = feature_gradient(b_df0, b_f0, FEATURE_MAP)
-            b_dk1 = b_dk0
-            if K1 > 0:
-                b_dk1 = feature_gradient(b_df1, b_f1, FEATURE_MAP)
-            p_f = dk + token_offset(i_m, stride_fm, ORDER_F, UNIT)
-            store_pair(p_f, b_dk0, b_dk1, o_f0, o_f1, m_m, 0, K, K0, K1)
+                b_df1 += b_z1[None, :]
+            b_dk1 = feature_gradient(b_df1, b_f1, FEATURE_MAP)
+        p_f = dk + token_offset(i_m, stride_fm, ORDER_F, UNIT)
+        store_pair(p_f, b_dk0, b_dk1, o_f0, o_f1, m_m, 0, K, K0, K1)
+
+
+@lru_cache(maxsize=1024)
+def plan_grad_key(
+    k: Axes,
+    v: Axes,
+    dk: Axes,
+    dv: Axes,
+    dtype: torch.dtype,
+    feature_map: str,
+    normalize: bool,
+    factor: float,
+) -> Launch:
+    B, H, M, K = k.shape
+    V = v.shape[-1]
+    tiling = Tiling.of("grad_key", dtype, K, V)
+    run, runs = tiling.run(B * H, M)
+    layout = Layout.of(dtype.itemsize, k, v, dk, dv)
+    return Launch(
+        grad_key_kernel,
+        (B * H * runs, 1),
+        (*layout.strides, factor, H, M, run, runs),
+        {
+            "K": K,
+            "V": V,
+            "BLOCK_M": tiling.block_tokens,
+            **tiling.cover,
+            "ORDER_K": layout.orders[0],
+            "ORDER_V": layout.orders[1],
+            "ORDER_F": layout.orders[2],
+            "ORDER_G": layout.orders[3],
+            "UNIT": layout.unit,
+            "SAME": layout.same and tiling.uniform,
+            "FEATURE_MAP": feature_map,
+            "NORMALIZE": normalize,
+            "ACC": Tiling.acc(dtype),
+            "PRECISION": tiling.precision,
+        },
+        tiling.num_warps,
+        tiling.num_stages,
+    )
 
 
 def launch_grad_key(
@@ -146,16 +168,19 @@ def launch_grad_key(
     """Fill `dk` and `dv` from the gradient `dstate` of the scaled state."""
     B, H, M, K = k.shape
     V = v.shape[-1]
-    tiling = Tiling.of("grad_key", k.dtype, K, V)
-    run, runs = tiling.run(B * H, M)
-    layout = Layout.of(k, v, dk, dv)
-    grad_key_kernel[(B * H * runs, tiling.groups)](
-        k, v, dstate, dk, dv,
-        *layout.strides,
-        factor, H, M, run, runs,
-        K=K, V=V, BLOCK_M=tiling.block_tokens, **tiling.cover, GROUPS=tiling.groups,
-        ORDER_K=layout.orders[0], ORDER_V=layout.orders[1], ORDER_F=layout.orders[2],
-        ORDER_G=layout.orders[3], UNIT=layout.unit, FEATURE_MAP=feature_map, NORMALIZE=normalize,
-        ACC=Tiling.acc(k.dtype), PRECISION=tiling.precision,
-        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
-    )  # fmt: skip
+    if Tiling.of("grad_key", k.dtype, K, V).groups > 1:
+        launch_output(k, dstate, dv, None, feature_map, False, factor, 0.0)
+        chunk, _ = Tiling.of("grad_feature", k.dtype, K, V).run(B * H, M)
+        launch_grad_feature(k, v, dstate, None, dk, None, chunk, feature_map, normalize, factor)
+        return
+    launch = plan_grad_key(
+        Axes(k.shape, k.stride()),
+        Axes(v.shape, v.stride()),
+        Axes(dk.shape, dk.stride()),
+        Axes(dv.shape, dv.stride()),
+        k.dtype,
+        feature_map,
+        normalize,
+        factor,
+    )
+    launch(k, v, dstate, dk, dv)

@@ -7,17 +7,21 @@ do_i . n_i = phi(q_i) . g_i, so that neither o nor n is needed:
     dphi(q_i) = g_i / d_i + dd_i z'                    dq_i = dphi(q_i) * phi'(q_i)
     dS'       = sum_i (phi(q_i) / d_i)^T do_i          dz'  = sum_i dd_i phi(q_i)
 
-1/d_i goes to phi(q_i), not to do_i, so that a row with phi(q_i) = 0 gives 0 and not 0 * inf.
-Where S is too large for one program, each owns some columns of dS' and goes over all of do for g.
+1 / d_i comes from the forward pass. It goes to phi(q_i), not to do_i, so that a row with
+phi(q_i) = 0 gives 0 and not 0 * inf. A wide head's dS' leaves no registers for the rest; there
+`state` sums it, with q for keys and 1 / d_i for weights, and `grad_feature` makes dq and dz'.
 """
 
+from functools import lru_cache
+
 import torch
-import triton
 import triton.language as tl
 
 from .features import feature, feature_gradient
-from .memory import Layout
-from .state import sum_splits
+from .grad_feature import launch_grad_feature
+from .launch import Launch, kernel
+from .memory import Axes, Layout
+from .state import launch_partial_state, sum_splits
 from .tiles import (
     head_offset,
     load_key_sum,
@@ -31,56 +35,50 @@ from .tiles import (
     store_key_sum,
     store_pair,
     store_state,
-    tile_mask,
-    tile_offset,
     token_offset,
 )
 from .tiling import Tiling
 
 
-@triton.jit(do_not_specialize=["H", "N", "chunk", "splits", "stride_qb", "stride_qh", "stride_qn",
-                               "stride_ob", "stride_oh", "stride_on",
-                               "stride_gb", "stride_gh", "stride_gn"])  # fmt: skip
+@kernel
 def grad_query_kernel(
-    q, do, state, dq, partial,
-    stride_qb: "i64", stride_qh: "i64", stride_qn: "i64", stride_qd,
-    stride_ob: "i64", stride_oh: "i64", stride_on: "i64", stride_od,
-    stride_gb: "i64", stride_gh: "i64", stride_gn: "i64", stride_gd,
-    factor: "fp64", eps: "fp64",
-    H, N, chunk, splits,
+    q, do, state, inverse, dq, partial,
+    stride_qb: "i64", stride_qh: "i64", stride_qn: "i64", stride_qd: "i64",
+    stride_ob: "i64", stride_oh: "i64", stride_on: "i64", stride_od: "i64",
+    stride_gb: "i64", stride_gh: "i64", stride_gn: "i64", stride_gd: "i64",
+    factor: "fp64",
+    H: "i32", group: "i32", N: "i32", chunk: "i32", splits: "i32",
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_N: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    GROUPS: tl.constexpr,
     ORDER_Q: tl.constexpr, ORDER_O: tl.constexpr, ORDER_G: tl.constexpr, UNIT: tl.constexpr,
+    SAME: tl.constexpr,
     FEATURE_MAP: tl.constexpr, NORMALIZE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # Heads fastest: where tokens hold their heads side by side, programs that run at one time
-    # share the lines that a head's few bytes begin and end in.
+    # Heads fastest, as in `state_kernel`.
     i_bsh = tl.program_id(0).to(tl.int64)
     i_b, i_s, i_h = i_bsh // H // splits, i_bsh // H % splits, i_bsh % H
     i_bh = i_b * H + i_h
-    first_v = tl.program_id(1) * (V0 + V1)
     factor = tl.full((), factor, ACC)
-    eps = tl.full((), eps, ACC)
 
     q += head_offset(i_b, i_h, stride_qb, stride_qh, ORDER_Q, UNIT)
     do += head_offset(i_b, i_h, stride_ob, stride_oh, ORDER_O, UNIT)
     dq += head_offset(i_b, i_h, stride_gb, stride_gh, ORDER_G, UNIT)
     o_q0, o_q1 = pair_offset(stride_qn, stride_qd, 0, BLOCK_N, K0, K1, ORDER_Q, UNIT)
-    o_o0, o_o1 = pair_offset(stride_on, stride_od, first_v, BLOCK_N, V0, V1, ORDER_O, UNIT)
-    o_g0, o_g1 = pair_offset(stride_gn, stride_gd, 0, BLOCK_N, K0, K1, ORDER_G, UNIT)
+    if SAME:
+        o_o0, o_o1, o_g0, o_g1 = o_q0, o_q1, o_q0, o_q1
+    else:
+        o_o0, o_o1 = pair_offset(stride_on, stride_od, 0, BLOCK_N, V0, V1, ORDER_O, UNIT)
+        o_g0, o_g1 = pair_offset(stride_gn, stride_gd, 0, BLOCK_N, K0, K1, ORDER_G, UNIT)
     dtype: tl.constexpr = q.dtype.element_ty
 
-    state += i_bh * (K * V + K)
-    if GROUPS == 1:
-        b_s00, b_s01, b_s10, b_s11, s_scale = load_state(
-            state, factor, 0, K, V, K0, K1, V0, V1, dtype
-        )
+    state += (i_b * (H // group) + i_h // group) * (K * V + K)
+    b_s00, b_s01, b_s10, b_s11, s_scale = load_state(state, factor, 0, K, V, K0, K1, V0, V1, dtype)
     if NORMALIZE:
         b_z0, b_z1 = load_key_sum(state, factor, K, V, K0, K1)
 
     b_ds00 = tl.zeros((K0, V0), dtype=ACC)
+    # Kept two-dimensional until the end: one reduction over tokens instead of one a block.
     b_dz0 = tl.zeros((BLOCK_N, K0), dtype=ACC)
     b_ds01, b_ds10, b_ds11, b_dz1 = b_ds00, b_ds00, b_ds00, b_dz0
     if V1 > 0:
@@ -94,67 +92,54 @@ def grad_query_kernel(
     start = i_s.to(tl.int32) * chunk
     end = tl.minimum(start + chunk, N)
     for i_n in range(start, end, BLOCK_N):
-        m_n = i_n + tl.arange(0, BLOCK_N) < end
+        o_n = i_n + tl.arange(0, BLOCK_N)
+        m_n = o_n < end
+        p_q = q + token_offset(i_n, stride_qn, ORDER_Q, UNIT)
         p_o = do + token_offset(i_n, stride_on, ORDER_O, UNIT)
-        b_q0, b_q1 = load_pair(
-            q + token_offset(i_n, stride_qn, ORDER_Q, UNIT), o_q0, o_q1, m_n, 0, K, K0, K1
-        )
-        b_do0, b_do1 = load_pair(p_o, o_o0, o_o1, m_n, first_v, V, V0, V1)
+        p_g = dq + token_offset(i_n, stride_gn, ORDER_G, UNIT)
+        b_q0, b_q1 = load_pair(p_q, o_q0, o_q1, m_n, 0, K, K0, K1)
+        b_do0, b_do1 = load_pair(p_o, o_o0, o_o1, m_n, 0, V, V0, V1)
 
         b_g0 = tl.zeros((BLOCK_N, K0), dtype=ACC)
-        b_g1 = b_g0
-        if K1 > 0:
-            b_g1 = tl.zeros((BLOCK_N, K1), dtype=ACC)
-        if GROUPS == 1:
-            b_g0 = product(b_do0, tl.trans(b_s00), b_g0, PRECISION)
-            if V1 > 0:
-                b_g0 = product(b_do1, tl.trans(b_s01), b_g0, PRECISION)
-            if K1 > 0:
-                b_g1 = product(b_do0, tl.trans(b_s10), b_g1, PRECISION)
-            if K1 * V1 > 0:
-                b_g1 = product(b_do1, tl.trans(b_s11), b_g1, PRECISION)
-            if dtype == tl.float16:
-                b_g0, b_g1 = b_g0 * s_scale, b_g1 * s_scale
-        else:
-            for j in range(GROUPS):
-                c_s0, _, c_s1, _, c_scale = load_state(
-                    state, factor, j * V0, K, V, K0, K1, V0, 0, dtype
-                )
-                c_o = tile_offset(stride_on, stride_od, j * V0, BLOCK_N, V0, ORDER_O, UNIT)
-                c_do = tl.load(p_o + c_o, mask=tile_mask(m_n, j * V0, V, V0), other=0.0)
-                b_g0 = scaled_product(c_do, tl.trans(c_s0), b_g0, c_scale, PRECISION)
-                if K1 > 0:
-                    b_g1 = scaled_product(c_do, tl.trans(c_s1), b_g1, c_scale, PRECISION)
+        b_g0 = product(b_do0, tl.trans(b_s00), b_g0, PRECISION)
+        if V1 > 0:
+            b_g0 = product(b_do1, tl.trans(b_s01), b_g0, PRECISION)
         # Never true; it puts q into the registers of the thread that holds the same element
         # of g, so that phi is computed once and the sums over K stay within a few threads.
         b_q0 = tl.where(b_g0 > float("inf"), 0.0, b_q0)
         b_f0 = feature(b_q0.to(ACC), FEATURE_MAP)
-        b_f1 = b_f0
+        b_g1, b_f1 = b_g0, b_f0
         if K1 > 0:
+            b_g1 = tl.zeros((BLOCK_N, K1), dtype=ACC)
+            b_g1 = product(b_do0, tl.trans(b_s10), b_g1, PRECISION)
+            if V1 > 0:
+                b_g1 = product(b_do1, tl.trans(b_s11), b_g1, PRECISION)
             b_q1 = tl.where(b_g1 > float("inf"), 0.0, b_q1)
             b_f1 = feature(b_q1.to(ACC), FEATURE_MAP)
+        if dtype == tl.float16:
+            b_g0, b_g1 = b_g0 * s_scale, b_g1 * s_scale
 
         a_scale = 1.0
         b_a0, b_a1 = b_f0, b_f1
         if NORMALIZE:
-            b_den = tl.sum(b_f0 * b_z0[None, :], 1) + eps
             b_fg = tl.sum(b_f0 * b_g0, 1)
             if K1 > 0:
-                b_den += tl.sum(b_f1 * b_z1[None, :], 1)
                 b_fg += tl.sum(b_f1 * b_g1, 1)
-            # Rows beyond the end must add nothing, whatever their denominator.
-            b_inv = tl.where(m_n, 1.0 / b_den, 0.0)
+            # 0 beyond the end, where rows must add nothing.
+            b_inv = tl.load(inverse + i_bh * N + o_n, mask=m_n, other=0.0)
             b_dden = -(b_fg * b_inv) * b_inv
             b_a0, b_a1 = b_f0 * b_inv[:, None], b_f1 * b_inv[:, None]
+            b_dz0 += b_f0 * b_dden[:, None]
+            b_g0 = b_g0 * b_inv[:, None] + b_dden[:, None] * b_z0[None, :]
+            if K1 > 0:
+                b_dz1 += b_f1 * b_dden[:, None]
+                b_g1 = b_g1 * b_inv[:, None] + b_dden[:, None] * b_z1[None, :]
             if dtype == tl.float16:
                 top = peak(b_a0)
                 if K1 > 0:
                     top = tl.maximum(top, peak(b_a1))
                 a_scale = operand_scale(top)
                 b_a0, b_a1 = b_a0 / a_scale, b_a1 / a_scale
-            b_dz0 += b_f0 * b_dden[:, None]
-            if K1 > 0:
-                b_dz1 += b_f1 * b_dden[:, None]
         b_a0 = tl.trans(b_a0.to(dtype))
         b_ds00 = scaled_product(b_a0, b_do0, b_ds00, a_scale, PRECISION)
         if V1 > 0:
@@ -164,48 +149,90 @@ def grad_query_kernel(
             b_ds10 = scaled_product(b_a1, b_do0, b_ds10, a_scale, PRECISION)
             if V1 > 0:
                 b_ds11 = scaled_product(b_a1, b_do1, b_ds11, a_scale, PRECISION)
-        if NORMALIZE:
-            b_g0 = b_g0 * b_inv[:, None] + b_dden[:, None] * b_z0[None, :]
-            if K1 > 0:
-                b_g1 = b_g1 * b_inv[:, None] + b_dden[:, None] * b_z1[None, :]
-        if GROUPS == 1 or tl.program_id(1) == 0:
-            b_dq0 = feature_gradient(b_g0, b_f0, FEATURE_MAP)
-            b_dq1 = b_dq0
-            if K1 > 0:
-                b_dq1 = feature_gradient(b_g1, b_f1, FEATURE_MAP)
-            p_g = dq + token_offset(i_n, stride_gn, ORDER_G, UNIT)
-            store_pair(p_g, b_dq0, b_dq1, o_g0, o_g1, m_n, 0, K, K0, K1)
+
+        b_dq0 = feature_gradient(b_g0, b_f0, FEATURE_MAP)
+        b_dq1 = b_dq0
+        if K1 > 0:
+            b_dq1 = feature_gradient(b_g1, b_f1, FEATURE_MAP)
+        store_pair(p_g, b_dq0, b_dq1, o_g0, o_g1, m_n, 0, K, K0, K1)
 
     partial += (i_bh * splits + i_s) * (K * V + K)
-    store_state(partial, b_ds00, b_ds01, b_ds10, b_ds11, first_v, K, V, K0, K1, V0, V1)
-    if tl.program_id(1) == 0:
-        store_key_sum(partial, tl.sum(b_dz0, 0), tl.sum(b_dz1, 0), K, V, K0, K1)
+    store_state(partial, b_ds00, b_ds01, b_ds10, b_ds11, 0, K, V, K0, K1, V0, V1)
+    store_key_sum(partial, tl.sum(b_dz0, 0), tl.sum(b_dz1, 0), K, V, K0, K1)
+
+
+@lru_cache(maxsize=1024)
+def plan_grad_query(
+    q: Axes,
+    do: Axes,
+    dq: Axes,
+    group: int,
+    dtype: torch.dtype,
+    feature_map: str,
+    normalize: bool,
+    factor: float,
+) -> tuple[Launch, tuple[int, ...], torch.dtype]:
+    """(launch, shape and dtype of the partial sums)."""
+    B, H, N, K = q.shape
+    V = do.shape[-1]
+    tiling = Tiling.of("grad_query", dtype, K, V)
+    chunk, splits = tiling.split(N)
+    layout = Layout.of(dtype.itemsize, q, do, dq)
+    launch = Launch(
+        grad_query_kernel,
+        (B * H * splits, 1),
+        (*layout.strides, factor, H, group, N, chunk, splits),
+        {
+            "K": K,
+            "V": V,
+            "BLOCK_N": tiling.block_tokens,
+            **tiling.cover,
+            "ORDER_Q": layout.orders[0],
+            "ORDER_O": layout.orders[1],
+            "ORDER_G": layout.orders[2],
+            "UNIT": layout.unit,
+            "SAME": layout.same and tiling.uniform,
+            "FEATURE_MAP": feature_map,
+            "NORMALIZE": normalize,
+            "ACC": Tiling.acc(dtype),
+            "PRECISION": tiling.precision,
+        },
+        tiling.num_warps,
+        tiling.num_stages,
+    )
+    return launch, (B * H, splits, K * V + K), tiling.acc_dtype
 
 
 def launch_grad_query(
     q: torch.Tensor,
     do: torch.Tensor,
     state: torch.Tensor,
+    inverse: torch.Tensor | None,
     dq: torch.Tensor,
     feature_map: str,
-    normalize: bool,
     factor: float,
-    eps: float,
 ) -> torch.Tensor:
-    """Fill `dq` and return the gradient `(B * H, K * V + K)` of the scaled state (S', z')."""
-    B, H, N, K = q.shape
-    V = do.shape[-1]
-    tiling = Tiling.of("grad_query", q.dtype, K, V)
-    chunk, splits = tiling.split(N)
-    partial = q.new_empty(B * H, splits, K * V + K, dtype=tiling.acc_dtype)
-    layout = Layout.of(q, do, dq)
-    grad_query_kernel[(B * H * splits, tiling.groups)](
-        q, do, state, dq, partial, *layout.strides,
-        factor, eps, H, N, chunk, splits,
-        K=K, V=V, BLOCK_N=tiling.block_tokens, **tiling.cover, GROUPS=tiling.groups,
-        ORDER_Q=layout.orders[0], ORDER_O=layout.orders[1], ORDER_G=layout.orders[2],
-        UNIT=layout.unit, FEATURE_MAP=feature_map, NORMALIZE=normalize,
-        ACC=Tiling.acc(q.dtype), PRECISION=tiling.precision,
-        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
-    )  # fmt: skip
-    return sum_splits(partial)
+    """Fill `dq` and return the gradient `(B * Hk, K * V + K)` of the scaled state (S', z').
+
+    `inverse` `(B, H, N)` is what the forward pass wrote, or None without a denominator.
+    """
+    if Tiling.of("grad_query", q.dtype, q.shape[-1], do.shape[-1]).wide:
+        chunk, partial = launch_partial_state(q, do, inverse, feature_map, sum_keys=False)
+        launch_grad_feature(
+            q, do, state, inverse, dq, partial, chunk, feature_map, inverse is not None, factor
+        )
+    else:
+        launch, shape, dtype = plan_grad_query(
+            Axes(q.shape, q.stride()),
+            Axes(do.shape, do.stride()),
+            Axes(dq.shape, dq.stride()),
+            q.shape[0] * q.shape[1] // state.shape[0],
+            q.dtype,
+            feature_map,
+            inverse is not None,
+            factor,
+        )
+        partial = q.new_empty(shape, dtype=dtype)
+        launch(q, do, state, inverse, dq, partial)
+    # The query heads that share a key head lie side by side.
+    return sum_splits(partial.view(state.shape[0], -1, partial.shape[-1]))

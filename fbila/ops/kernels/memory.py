@@ -3,36 +3,49 @@
 import math
 from typing import NamedTuple
 
-import torch
+
+class Axes(NamedTuple):
+    """A `(B, H, N, D)` tensor's shape and strides."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
 
 
 class Layout(NamedTuple):
-    """`(B, H, N, D)` tensors that one kernel reads or writes.
+    """Tensors that one kernel reads or writes.
 
     orders: for each tensor, which axis is contiguous: "head_dim", "tokens" or "any".
     unit: elements that divide every other stride, at most 16 bytes of them.
     strides: all four strides of each tensor in turn, in units (in elements where "any").
+    same: whether all tensors step alike from token to token and along the head dim.
     """
 
     orders: tuple[str, ...]
     unit: int
     strides: tuple[int, ...]
+    same: bool
 
     @staticmethod
-    def of(*tensors: torch.Tensor) -> "Layout":
-        orders, strides = [], []
+    def of(itemsize: int, *tensors: Axes) -> "Layout":
         # An axis of length 1 may have any stride; it is never stepped along.
-        for x in tensors:
-            own = [s if n > 1 else 0 for s, n in zip(x.stride(), x.shape, strict=True)]
-            orders.append("head_dim" if own[3] <= 1 and (x.shape[3] == 1 or own[3] == 1)
-                          else "tokens" if own[2] == 1 else "any")  # fmt: skip
-            strides.append(own)
-        unit = 16 // tensors[0].element_size()
+        strides = [[s if n > 1 else 0 for s, n in zip(x.stride, x.shape, strict=True)]
+                   for x in tensors]  # fmt: skip
+        orders = [contiguous_axis(x.shape, own) for x, own in zip(tensors, strides, strict=True)]
+        unit = 16 // itemsize
         for order, own in zip(orders, strides, strict=True):
             contiguous = {"head_dim": 3, "tokens": 2, "any": None}[order]
             unit = math.gcd(unit, *(s for i, s in enumerate(own) if i != contiguous))
         return Layout(
-            tuple(orders), unit,
+            tuple(orders),
+            unit,
             tuple(s if order == "any" else s // unit
                   for order, own in zip(orders, strides, strict=True) for s in own),
+            all(x.shape[3] == tensors[0].shape[3] and own[2:] == strides[0][2:]
+                for x, own in zip(tensors, strides, strict=True)),
         )  # fmt: skip
+
+
+def contiguous_axis(shape: tuple[int, ...], stride: list[int]) -> str:
+    if stride[3] == 1 or shape[3] == 1:
+        return "head_dim"
+    return "tokens" if stride[2] == 1 else "any"

@@ -1,4 +1,4 @@
-"""The state of a set of keys, `S = sum_j phi(k_j)^T v_j` and `z = sum_j phi(k_j)`.
+"""The state of a set of keys, `S = sum_j w_j phi(k_j)^T v_j` and `z = sum_j w_j phi(k_j)`.
 
 k `(B, H, M, K)`, v `(B, H, M, V)` -> state `(B * H, K * V + K)`, S row-major and then z.
 
@@ -7,17 +7,23 @@ a fixed order. There are no atomics, and the split depends on (M, K, V) alone, n
 result is the same bit for bit from run to run and whatever else is in the batch.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
 from .features import feature
-from .memory import Layout
+from .launch import Launch, kernel
+from .memory import Axes, Layout
 from .tiles import (
     head_offset,
     load_pair,
+    operand_scale,
     pair_offset,
+    peak,
     product,
+    scaled_product,
     store_key_sum,
     store_state,
     token_offset,
@@ -25,30 +31,36 @@ from .tiles import (
 from .tiling import Tiling
 
 
-@triton.jit(do_not_specialize=["H", "M", "chunk", "splits", "stride_kb", "stride_kh", "stride_km",
-                               "stride_vb", "stride_vh", "stride_vm"])  # fmt: skip
+@kernel
 def state_kernel(
-    k, v, partial,
-    stride_kb: "i64", stride_kh: "i64", stride_km: "i64", stride_kd,
-    stride_vb: "i64", stride_vh: "i64", stride_vm: "i64", stride_vd,
-    H, M, chunk, splits,
+    k, v, weight, partial,
+    stride_kb: "i64", stride_kh: "i64", stride_km: "i64", stride_kd: "i64",
+    stride_vb: "i64", stride_vh: "i64", stride_vm: "i64", stride_vd: "i64",
+    stride_wb: "i64", stride_wh: "i64", stride_wm: "i64",
+    H: "i32", M: "i32", chunk: "i32", splits: "i32",
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    ORDER_K: tl.constexpr, ORDER_V: tl.constexpr, UNIT: tl.constexpr,
-    FEATURE_MAP: tl.constexpr, NORMALIZE: tl.constexpr,
+    ORDER_K: tl.constexpr, ORDER_V: tl.constexpr, UNIT: tl.constexpr, SAME: tl.constexpr,
+    FEATURE_MAP: tl.constexpr, SUM_KEYS: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Heads fastest: where tokens hold their heads side by side, programs that run at one time
     # share the lines that a head's few bytes begin and end in.
     i_bsh = tl.program_id(0).to(tl.int64)
     i_b, i_s, i_h = i_bsh // H // splits, i_bsh // H % splits, i_bsh % H
-    i_bh = i_b * H + i_h
-    first_v = tl.program_id(1) * (V0 + V1)
-
     k += head_offset(i_b, i_h, stride_kb, stride_kh, ORDER_K, UNIT)
     v += head_offset(i_b, i_h, stride_vb, stride_vh, ORDER_V, UNIT)
+    if weight is not None:
+        weight += i_b * stride_wb + i_h * stride_wh
+    first_v = tl.program_id(1) * (V0 + V1)
     o_k0, o_k1 = pair_offset(stride_km, stride_kd, 0, BLOCK_M, K0, K1, ORDER_K, UNIT)
-    o_v0, o_v1 = pair_offset(stride_vm, stride_vd, first_v, BLOCK_M, V0, V1, ORDER_V, UNIT)
+    if SAME:
+        o_v0, o_v1 = o_k0, o_k1
+    else:
+        o_v0, o_v1 = pair_offset(stride_vm, stride_vd, first_v, BLOCK_M, V0, V1, ORDER_V, UNIT)
+    dtype: tl.constexpr = k.dtype.element_ty
+    # float16 ends at 65504, and what a weight makes of phi(k) may be beyond.
+    RESCALE: tl.constexpr = weight is not None and dtype == tl.float16
 
     b_s00 = tl.zeros((K0, V0), dtype=ACC)
     # Kept two-dimensional until the end: one reduction over tokens instead of one a block.
@@ -65,37 +77,63 @@ def state_kernel(
     start = i_s.to(tl.int32) * chunk
     end = tl.minimum(start + chunk, M)
     for i_m in range(start, end, BLOCK_M):
-        m_m = i_m + tl.arange(0, BLOCK_M) < end
+        o_m = i_m + tl.arange(0, BLOCK_M)
+        m_m = o_m < end
         p_k = k + token_offset(i_m, stride_km, ORDER_K, UNIT)
         p_v = v + token_offset(i_m, stride_vm, ORDER_V, UNIT)
         b_k0, b_k1 = load_pair(p_k, o_k0, o_k1, m_m, 0, K, K0, K1)
         b_v0, b_v1 = load_pair(p_v, o_v0, o_v1, m_m, first_v, V, V0, V1)
-        # phi(0) is not 0 for every map, so rows beyond the end are cleared after it.
-        b_f0 = tl.where(m_m[:, None], feature(b_k0.to(ACC), FEATURE_MAP), 0.0)
-        b_a0 = tl.trans(b_f0.to(b_k0.dtype))
-        b_s00 = product(b_a0, b_v0, b_s00, PRECISION)
-        if V1 > 0:
-            b_s01 = product(b_a0, b_v1, b_s01, PRECISION)
-        if NORMALIZE:
-            b_z0 += b_f0
+        # phi(0) is not 0 for every map, so rows beyond the end are cleared after it: by their
+        # weight, or by a select.
+        b_f0 = feature(b_k0.to(ACC), FEATURE_MAP)
+        b_f1 = b_f0
         if K1 > 0:
-            b_f1 = tl.where(m_m[:, None], feature(b_k1.to(ACC), FEATURE_MAP), 0.0)
-            b_a1 = tl.trans(b_f1.to(b_k1.dtype))
-            b_s10 = product(b_a1, b_v0, b_s10, PRECISION)
-            if V1 > 0:
-                b_s11 = product(b_a1, b_v1, b_s11, PRECISION)
-            if NORMALIZE:
+            b_f1 = feature(b_k1.to(ACC), FEATURE_MAP)
+        if weight is None:
+            b_f0 = tl.where(m_m[:, None], b_f0, 0.0)
+            if K1 > 0:
+                b_f1 = tl.where(m_m[:, None], b_f1, 0.0)
+        else:
+            b_w = tl.load(weight + o_m.to(tl.int64) * stride_wm, mask=m_m, other=0.0).to(ACC)
+            b_f0, b_f1 = b_f0 * b_w[:, None], b_f1 * b_w[:, None]
+        if SUM_KEYS:
+            b_z0 += b_f0
+            if K1 > 0:
                 b_z1 += b_f1
+        scale = 1.0
+        if RESCALE:
+            top = peak(b_f0)
+            if K1 > 0:
+                top = tl.maximum(top, peak(b_f1))
+            scale = operand_scale(top)
+            b_f0, b_f1 = b_f0 / scale, b_f1 / scale
+        b_a0 = tl.trans(b_f0.to(dtype))
+        b_s00 = accumulate(b_a0, b_v0, b_s00, scale, RESCALE, PRECISION)
+        if V1 > 0:
+            b_s01 = accumulate(b_a0, b_v1, b_s01, scale, RESCALE, PRECISION)
+        if K1 > 0:
+            b_a1 = tl.trans(b_f1.to(dtype))
+            b_s10 = accumulate(b_a1, b_v0, b_s10, scale, RESCALE, PRECISION)
+            if V1 > 0:
+                b_s11 = accumulate(b_a1, b_v1, b_s11, scale, RESCALE, PRECISION)
 
-    partial += (i_bh * splits + i_s) * (K * V + K)
+    partial += ((i_b * H + i_h) * splits + i_s) * (K * V + K)
     store_state(partial, b_s00, b_s01, b_s10, b_s11, first_v, K, V, K0, K1, V0, V1)
-    if tl.program_id(1) == 0:
+    if SUM_KEYS and first_v == 0:
         store_key_sum(partial, tl.sum(b_z0, 0), tl.sum(b_z1, 0), K, V, K0, K1)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit
+def accumulate(a, b, acc, scale, RESCALE: tl.constexpr, PRECISION: tl.constexpr):
+    if RESCALE:
+        return scaled_product(a, b, acc, scale, PRECISION)
+    else:
+        return product(a, b, acc, PRECISION)
+
+
+@kernel
 def sum_splits_kernel(
-    partial, state, splits, SIZE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
+    partial, state, splits: "i32", SIZE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
 ):
     blocks = (SIZE + BLOCK - 1) // BLOCK
     i_bh = tl.program_id(0).to(tl.int64) // blocks
@@ -109,35 +147,95 @@ def sum_splits_kernel(
     tl.store(state + i_bh * SIZE + o, total, mask=o < SIZE)
 
 
+@lru_cache(maxsize=1024)
+def plan_sum(rows: int, splits: int, size: int, dtype: torch.dtype) -> Launch:
+    block = 512
+    return Launch(
+        sum_splits_kernel,
+        (rows * triton.cdiv(size, block), 1),
+        (splits,),
+        {"SIZE": size, "BLOCK": block, "ACC": Tiling.acc(dtype)},
+        num_warps=4,
+        num_stages=1,
+    )
+
+
 def sum_splits(partial: torch.Tensor) -> torch.Tensor:
-    """`(B * H, splits, size)` -> `(B * H, size)`, added in the order of the splits."""
+    """`(rows, splits, size)` -> `(rows, size)`, added in the order of the splits."""
     rows, splits, size = partial.shape
     if splits == 1:
         return partial.view(rows, size)
     state = partial.new_empty(rows, size)
-    block = 512
-    sum_splits_kernel[(rows * triton.cdiv(size, block),)](
-        partial, state, splits, size, block, Tiling.acc(partial.dtype)
-    )
+    plan_sum(rows, splits, size, partial.dtype)(partial, state)
     return state
 
 
-def launch_state(
-    k: torch.Tensor, v: torch.Tensor, feature_map: str, normalize: bool
-) -> torch.Tensor:
-    """State `(B * H, K * V + K)` of k and v; z is 0 if not `normalize`."""
+@lru_cache(maxsize=1024)
+def plan_state(
+    k: Axes,
+    v: Axes,
+    weight: tuple[int, ...],
+    dtype: torch.dtype,
+    feature_map: str,
+    sum_keys: bool,
+) -> tuple[Launch, int, tuple[int, ...], torch.dtype]:
+    """(launch, chunk, shape and dtype of the partial sums)."""
     B, H, M, K = k.shape
     V = v.shape[-1]
-    tiling = Tiling.of("state", k.dtype, K, V)
+    tiling = Tiling.of("state", dtype, K, V)
     chunk, splits = tiling.split(M)
-    partial = k.new_empty(B * H, splits, K * V + K, dtype=tiling.acc_dtype)
-    layout = Layout.of(k, v)
-    state_kernel[(B * H * splits, tiling.groups)](
-        k, v, partial, *layout.strides, H, M, chunk, splits,
-        K=K, V=V, BLOCK_M=tiling.block_tokens, **tiling.cover,
-        ORDER_K=layout.orders[0], ORDER_V=layout.orders[1], UNIT=layout.unit,
-        FEATURE_MAP=feature_map, NORMALIZE=normalize,
-        ACC=Tiling.acc(k.dtype), PRECISION=tiling.precision,
-        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
-    )  # fmt: skip
-    return sum_splits(partial)
+    layout = Layout.of(dtype.itemsize, k, v)
+    launch = Launch(
+        state_kernel,
+        (B * H * splits, tiling.groups),
+        (*layout.strides, *weight, H, M, chunk, splits),
+        {
+            "K": K,
+            "V": V,
+            "BLOCK_M": tiling.block_tokens,
+            **tiling.cover,
+            "ORDER_K": layout.orders[0],
+            "ORDER_V": layout.orders[1],
+            "UNIT": layout.unit,
+            "SAME": layout.same and tiling.uniform,
+            "FEATURE_MAP": feature_map,
+            "SUM_KEYS": sum_keys,
+            "ACC": Tiling.acc(dtype),
+            "PRECISION": tiling.precision,
+        },
+        tiling.num_warps,
+        tiling.num_stages,
+    )
+    return launch, chunk, (B * H, splits, K * V + K), tiling.acc_dtype
+
+
+def launch_partial_state(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    weight: torch.Tensor | None,
+    feature_map: str,
+    *,
+    sum_keys: bool,
+) -> tuple[int, torch.Tensor]:
+    """(chunk, partial sums `(B * H, splits, K * V + K)`), one for every `chunk` of tokens.
+
+    `weight` is `(B, H, M)`. z is left unwritten if not `sum_keys`.
+    """
+    launch, chunk, shape, dtype = plan_state(
+        Axes(k.shape, k.stride()),
+        Axes(v.shape, v.stride()),
+        (0, 0, 0) if weight is None else weight.stride(),
+        k.dtype,
+        feature_map,
+        sum_keys,
+    )
+    partial = k.new_empty(shape, dtype=dtype)
+    launch(k, v, weight, partial)
+    return chunk, partial
+
+
+def launch_state(
+    k: torch.Tensor, v: torch.Tensor, weight: torch.Tensor | None, feature_map: str
+) -> torch.Tensor:
+    """State `(B * H, K * V + K)` of k and v, with `weight` `(B, H, M)` where it is given."""
+    return sum_splits(launch_partial_state(k, v, weight, feature_map, sum_keys=True)[1])

@@ -174,24 +174,23 @@ def load_key_sum(
 
 
 @triton.jit
-def key_sum_operand(z, dtype: tl.constexpr):
-    """z `(K0,)` as a 16-bit `(K0, 16)` operand and its scale: its columns add up to z.
+def column_operand(x, dtype: tl.constexpr):
+    """x `(R,)` as a 16-bit `(R, 16)` operand and its scale: its columns add up to x.
 
-    The product with it is phi(q) . z in float32 precision, with the very phi(q) that meets S, and
-    costs the tensor cores less than a sum over K costs the other units.
+    A product with it is a product with x in float32 precision, and costs the tensor cores less
+    than a sum over rows costs the other units.
     """
-    scale = tl.full((), 1.0, z.dtype)
+    scale = tl.full((), 1.0, x.dtype)
     if dtype == tl.float16:
-        size = tl.abs(z)
+        size = tl.abs(x)
         scale = operand_scale(tl.max(tl.where(size < float("inf"), size, 0.0), 0))
-    rest = z / scale
-    high = rest.to(dtype)
-    rest -= high.to(z.dtype)
-    middle = rest.to(dtype)
-    low = (rest - middle.to(z.dtype)).to(dtype)
+        x = x / scale
+    high = x.to(dtype)
+    x -= high.to(x.dtype)
+    middle = x.to(dtype)
+    low = (x - middle.to(x.dtype)).to(dtype)
     column = tl.arange(0, 16)[None, :]
-    zero = tl.zeros((1, 16), dtype)
-    operand = tl.where(column == 2, low[:, None], zero)
+    operand = tl.where(column == 2, low[:, None], tl.zeros((1, 16), dtype))
     operand = tl.where(column == 1, middle[:, None], operand)
     return tl.where(column == 0, high[:, None], operand), scale
 

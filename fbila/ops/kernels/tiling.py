@@ -3,21 +3,65 @@
 import os
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 # The largest sum of outer products that one program keeps in registers, by bytes of an element.
-LARGEST_STATE = {2: 160 * 160, 4: 64 * 64, 8: 32 * 32}
-# 16-bit types: (tokens of a block, warps, pipeline stages) by kernel, for heads up to 64 and up to
-# 128 wide. The fastest of those measured on an H200.
+LARGEST_STATE = {2: 256 * 128, 4: 64 * 64, 8: 32 * 32}
+
+
+class Schedule(NamedTuple):
+    """For heads up to `width` wide: tokens of a block, warps, pipeline stages, and the tokens that
+    a program goes over in all (where there are fewer, see `Tiling.split` and `Tiling.run`)."""
+
+    width: int
+    block_tokens: int
+    num_warps: int
+    num_stages: int
+    span: int
+
+
+# 16-bit types. The fastest of those measured on an H200.
 SCHEDULES = {
-    "state": {64: (32, 4, 3), 128: (32, 8, 3)},
-    "output": {64: (64, 4, 3), 128: (64, 4, 1)},
-    "grad_query": {64: (32, 4, 3), 128: (32, 8, 3)},
-    "grad_key": {64: (64, 4, 3), 128: (64, 4, 2)},
+    "state": (
+        Schedule(32, 64, 2, 3, 2048),
+        Schedule(64, 32, 4, 3, 4096),
+        Schedule(80, 32, 2, 3, 4096),
+        Schedule(128, 64, 8, 4, 4096),
+        Schedule(256, 64, 8, 3, 8192),
+    ),
+    "output": (
+        Schedule(32, 128, 8, 4, 512),
+        Schedule(48, 128, 4, 3, 512),
+        Schedule(80, 64, 4, 3, 256),
+        Schedule(128, 64, 4, 4, 1024),
+        Schedule(256, 64, 4, 3, 2048),
+    ),
+    "grad_query": (
+        Schedule(32, 64, 4, 4, 2048),
+        Schedule(48, 32, 2, 3, 2048),
+        Schedule(256, 64, 4, 4, 4096),
+    ),
+    "grad_feature": (
+        Schedule(80, 32, 2, 3, 1024),
+        Schedule(128, 64, 4, 2, 1024),
+        Schedule(256, 32, 4, 3, 1024),
+    ),
+    "grad_key": (
+        Schedule(32, 128, 8, 3, 256),
+        Schedule(48, 128, 4, 2, 512),
+        Schedule(64, 128, 8, 3, 256),
+        Schedule(80, 64, 4, 3, 256),
+        Schedule(128, 64, 4, 2, 1024),
+        Schedule(256, 128, 8, 2, 1024),
+    ),
 }
+# float32 and float64 are not tuned. With 32 tokens the ptxas of Triton 3.6 crashes on one of the
+# float64 kernels.
+UNTUNED = {4: Schedule(256, 32, 4, 1, 2048), 8: Schedule(256, 16, 4, 1, 2048)}
 # Programs that keep a large GPU busy: a few for each of its hundred-odd multiprocessors.
 ENOUGH_PROGRAMS = 1024
 
@@ -34,6 +78,7 @@ class Tiling:
     groups: int
     num_warps: int
     num_stages: int
+    span: int
     acc_dtype: torch.dtype
     precision: str
 
@@ -42,24 +87,27 @@ class Tiling:
     def of(kernel: str, dtype: torch.dtype, K: int, V: int) -> "Tiling":
         if dtype == torch.float64:
             require_float64_products()
-        k0, k1 = head_dim_cover(K)
-        v0, v1 = head_dim_cover(V)
+        k0, k1 = head_dim_cover(K, kernel)
+        v0, v1 = head_dim_cover(V, kernel)
+        if kernel == "state" and k0 == 128 and 0 < k1 < 64:
+            # Warp-group products have 64 rows at least.
+            k1 = 64
         largest = LARGEST_STATE[dtype.itemsize]
         if (k0 + k1) * (v0 + v1) > largest:
             v0, v1 = max(16, 2 ** ((largest // (k0 + k1)).bit_length() - 1)), 0
-        # With 32 tokens the ptxas of Triton 3.6 crashes on one of the float64 kernels.
-        tokens, warps, stages = (16 if dtype.itemsize == 8 else 32), 4, 1
-        if dtype.itemsize == 2:
-            tokens, warps, stages = SCHEDULES[kernel][64 if max(K, V) <= 64 else 128]
+        schedule = UNTUNED.get(dtype.itemsize) or next(
+            s for s in SCHEDULES[kernel] if max(K, V) <= s.width
+        )
         return Tiling(
-            block_tokens=tokens,
+            block_tokens=schedule.block_tokens,
             k0=k0,
             k1=k1,
             v0=v0,
             v1=v1,
             groups=triton.cdiv(V, v0 + v1),
-            num_warps=warps,
-            num_stages=stages,
+            num_warps=schedule.num_warps,
+            num_stages=schedule.num_stages,
+            span=schedule.span,
             acc_dtype=torch.float64 if dtype == torch.float64 else torch.float32,
             # float32 means float32: tf32 would keep 10 bits of 23.
             precision="ieee",
@@ -69,6 +117,17 @@ class Tiling:
     def cover(self) -> dict[str, int]:
         return {"K0": self.k0, "K1": self.k1, "V0": self.v0, "V1": self.v1}
 
+    @property
+    def wide(self) -> bool:
+        """Whether a program that sums a state has no registers left for more."""
+        most = 64 * 64 if self.acc_dtype == torch.float32 else 32 * 32
+        return self.groups > 1 or (self.k0 + self.k1) * (self.v0 + self.v1) > most
+
+    @property
+    def uniform(self) -> bool:
+        """Whether V is cut as K is, so that their tiles can share offsets."""
+        return self.groups == 1 and (self.k0, self.k1) == (self.v0, self.v1)
+
     @staticmethod
     def acc(dtype: torch.dtype) -> tl.dtype:
         """The Triton type that sums of `dtype` are kept in."""
@@ -77,12 +136,11 @@ class Tiling:
     def split(self, tokens: int) -> tuple[int, int]:
         """(tokens a program sums, number of programs) for a sum over `tokens`.
 
-        At least 512 tokens each, so that writing the partial sums stays small beside reading the
-        tokens; 2048 once there are eight programs, up to 32 of them (8 where a head's state is cut
-        into tiles, whose partial sums are large). B and H must not enter: see `kernels.state`.
+        Programs of `span` tokens, but up to eight of 512 where that would be fewer: writing the
+        partial sums must stay small beside reading the tokens. B and H must not enter: see
+        `kernels.state`.
         """
-        most = 32 if self.groups == 1 else 8
-        splits = min(most, max(min(8, triton.cdiv(tokens, 512)), triton.cdiv(tokens, 2048)))
+        splits = max(min(8, triton.cdiv(tokens, 512)), triton.cdiv(tokens, self.span))
         chunk = triton.cdiv(triton.cdiv(tokens, splits), self.block_tokens) * self.block_tokens
         return chunk, triton.cdiv(tokens, chunk)
 
@@ -92,20 +150,25 @@ class Tiling:
         Longer runs load the state less often; they stop where programs would become few.
         """
         blocks = triton.cdiv(tokens, self.block_tokens)
-        run = max(1, min(8, rows * blocks // ENOUGH_PROGRAMS))
+        run = max(1, min(self.span // self.block_tokens, rows * blocks // ENOUGH_PROGRAMS))
         return run * self.block_tokens, triton.cdiv(blocks, run)
 
 
-def head_dim_cover(D: int) -> tuple[int, int]:
+def head_dim_cover(D: int, kernel: str) -> tuple[int, int]:
     """One or two powers of two, at least 16 and at most 128, that cover `D` with little to spare.
 
-    >>> head_dim_cover(64), head_dim_cover(40), head_dim_cover(112), head_dim_cover(160)
-    ((64, 0), (32, 16), (128, 0), (128, 32))
+    Up to 64 one tile is faster whatever it wastes, but for the kernel that is short of registers.
+
+    >>> [head_dim_cover(D, "output") for D in (40, 64, 80, 112, 160)]
+    [(64, 0), (64, 0), (64, 16), (128, 0), (128, 32)]
     """
     whole = max(16, triton.next_power_of_2(D))
     first = min(128, whole // 2)
     rest = max(16, triton.next_power_of_2(D - first))
-    return (whole, 0) if whole <= 128 and first + rest >= whole else (first, rest)
+    one = whole <= (32 if kernel == "grad_query" else 64) or (
+        whole <= 128 and first + rest >= whole
+    )
+    return (whole, 0) if one else (first, rest)
 
 
 def require_float64_products() -> None:

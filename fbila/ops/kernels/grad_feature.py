@@ -1,0 +1,227 @@
+"""Backward for wide heads: the gradient of a query or of a key through its features alone.
+
+For x = q with y = do, and for x = k with y = v and the state's gradient in the state's place:
+
+    dq_i = (g_i / d_i + dd_i z') * phi'(q_i)     g_i = do_i S'^T,  dd_i = -(phi(q_i) . g_i) / d_i^2
+    dk_j = (g_j + dz) * phi'(k_j)                g_j = v_j dS^T
+
+With `inverse` (1 / d_i, from the forward pass) it is the first, and dz' = sum_i dd_i phi(q_i) is
+summed on the way; without it, the second. `grad_query` and `grad_key` do this and the rest in one
+pass where the registers suffice.
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from .features import feature, feature_gradient
+from .launch import Launch, kernel
+from .memory import Axes, Layout
+from .tiles import (
+    column_operand,
+    head_offset,
+    load_key_sum,
+    load_pair,
+    load_state,
+    pair_offset,
+    scaled_product,
+    store_key_sum,
+    store_pair,
+    tile_mask,
+    tile_offset,
+    token_offset,
+)
+from .tiling import Tiling
+
+
+@kernel
+def grad_feature_kernel(
+    x, y, state, inverse, dx, partial,
+    stride_xb: "i64", stride_xh: "i64", stride_xn: "i64", stride_xd: "i64",
+    stride_yb: "i64", stride_yh: "i64", stride_yn: "i64", stride_yd: "i64",
+    stride_gb: "i64", stride_gh: "i64", stride_gn: "i64", stride_gd: "i64",
+    factor: "fp64",
+    H: "i32", group: "i32", N: "i32", chunk: "i32", splits: "i32",
+    K: tl.constexpr, V: tl.constexpr,
+    BLOCK_N: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ORDER_X: tl.constexpr, ORDER_Y: tl.constexpr, ORDER_G: tl.constexpr, UNIT: tl.constexpr,
+    SAME: tl.constexpr,
+    FEATURE_MAP: tl.constexpr, NORMALIZE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # Heads fastest, as in `state_kernel`.
+    i_bsh = tl.program_id(0).to(tl.int64)
+    i_b, i_s, i_h = i_bsh // H // splits, i_bsh // H % splits, i_bsh % H
+    i_bh = i_b * H + i_h
+    factor = tl.full((), factor, ACC)
+
+    x += head_offset(i_b, i_h, stride_xb, stride_xh, ORDER_X, UNIT)
+    y += head_offset(i_b, i_h, stride_yb, stride_yh, ORDER_Y, UNIT)
+    dx += head_offset(i_b, i_h, stride_gb, stride_gh, ORDER_G, UNIT)
+    o_x0, o_x1 = pair_offset(stride_xn, stride_xd, 0, BLOCK_N, K0, K1, ORDER_X, UNIT)
+    if SAME:
+        o_y0, o_y1, o_g0, o_g1 = o_x0, o_x1, o_x0, o_x1
+    else:
+        o_y0, o_y1 = pair_offset(stride_yn, stride_yd, 0, BLOCK_N, V0, V1, ORDER_Y, UNIT)
+        o_g0, o_g1 = pair_offset(stride_gn, stride_gd, 0, BLOCK_N, K0, K1, ORDER_G, UNIT)
+    dtype: tl.constexpr = x.dtype.element_ty
+    HALF: tl.constexpr = dtype.primitive_bitwidth == 16
+
+    state += (i_b * (H // group) + i_h // group) * (K * V + K)
+    if GROUPS == 1:
+        b_s00, b_s01, b_s10, b_s11, s_scale = load_state(
+            state, factor, 0, K, V, K0, K1, V0, V1, dtype
+        )
+    if NORMALIZE:
+        b_z0, b_z1 = load_key_sum(state, factor, K, V, K0, K1)
+    # 16-bit types sum dz' on the tensor cores; others keep a row for every token of a block.
+    b_dz0 = tl.zeros((16 if HALF else BLOCK_N, K0), dtype=ACC)
+    b_dz1 = b_dz0
+    if K1 > 0:
+        b_dz1 = tl.zeros((16 if HALF else BLOCK_N, K1), dtype=ACC)
+
+    start = i_s.to(tl.int32) * chunk
+    end = tl.minimum(start + chunk, N)
+    for i_n in range(start, end, BLOCK_N):
+        o_n = i_n + tl.arange(0, BLOCK_N)
+        m_n = o_n < end
+        p_x = x + token_offset(i_n, stride_xn, ORDER_X, UNIT)
+        p_y = y + token_offset(i_n, stride_yn, ORDER_Y, UNIT)
+        p_g = dx + token_offset(i_n, stride_gn, ORDER_G, UNIT)
+        b_x0, b_x1 = load_pair(p_x, o_x0, o_x1, m_n, 0, K, K0, K1)
+
+        b_g0 = tl.zeros((BLOCK_N, K0), dtype=ACC)
+        b_g1 = b_g0
+        if K1 > 0:
+            b_g1 = tl.zeros((BLOCK_N, K1), dtype=ACC)
+        if GROUPS == 1:
+            b_y0, b_y1 = load_pair(p_y, o_y0, o_y1, m_n, 0, V, V0, V1)
+            b_g0 = scaled_product(b_y0, tl.trans(b_s00), b_g0, s_scale, PRECISION)
+            if V1 > 0:
+                b_g0 = scaled_product(b_y1, tl.trans(b_s01), b_g0, s_scale, PRECISION)
+            if K1 > 0:
+                b_g1 = scaled_product(b_y0, tl.trans(b_s10), b_g1, s_scale, PRECISION)
+            if K1 * V1 > 0:
+                b_g1 = scaled_product(b_y1, tl.trans(b_s11), b_g1, s_scale, PRECISION)
+        else:
+            for j in range(GROUPS):
+                c_o = tile_offset(stride_yn, stride_yd, j * V0, BLOCK_N, V0, ORDER_Y, UNIT)
+                c_y = tl.load(p_y + c_o, mask=tile_mask(m_n, j * V0, V, V0), other=0.0)
+                c_s0, _, c_s1, _, c_scale = load_state(
+                    state, factor, j * V0, K, V, K0, K1, V0, 0, dtype
+                )
+                b_g0 = scaled_product(c_y, tl.trans(c_s0), b_g0, c_scale, PRECISION)
+                if K1 > 0:
+                    b_g1 = scaled_product(c_y, tl.trans(c_s1), b_g1, c_scale, PRECISION)
+        # Never true; as in `grad_query_kernel`.
+        b_x0 = tl.where(b_g0 > float("inf"), 0.0, b_x0)
+        b_f0 = feature(b_x0.to(ACC), FEATURE_MAP)
+        b_f1 = b_f0
+        if K1 > 0:
+            b_x1 = tl.where(b_g1 > float("inf"), 0.0, b_x1)
+            b_f1 = feature(b_x1.to(ACC), FEATURE_MAP)
+
+        if inverse is not None:
+            b_fg = tl.sum(b_f0 * b_g0, 1)
+            if K1 > 0:
+                b_fg += tl.sum(b_f1 * b_g1, 1)
+            b_inv = tl.load(inverse + i_bh * N + o_n, mask=m_n, other=0.0)
+            b_dden = -(b_fg * b_inv) * b_inv
+            if HALF:
+                b_c, c_scale = column_operand(b_dden, dtype)
+                b_c = tl.trans(b_c)
+                b_dz0 = scaled_product(b_c, b_f0.to(dtype), b_dz0, c_scale, PRECISION)
+                if K1 > 0:
+                    b_dz1 = scaled_product(b_c, b_f1.to(dtype), b_dz1, c_scale, PRECISION)
+            else:
+                b_dz0 += b_f0 * b_dden[:, None]
+                if K1 > 0:
+                    b_dz1 += b_f1 * b_dden[:, None]
+            b_g0 = b_g0 * b_inv[:, None] + b_dden[:, None] * b_z0[None, :]
+            if K1 > 0:
+                b_g1 = b_g1 * b_inv[:, None] + b_dden[:, None] * b_z1[None, :]
+        elif NORMALIZE:
+            b_g0 += b_z0[None, :]
+            if K1 > 0:
+                b_g1 += b_z1[None, :]
+        b_dx0 = feature_gradient(b_g0, b_f0, FEATURE_MAP)
+        b_dx1 = b_dx0
+        if K1 > 0:
+            b_dx1 = feature_gradient(b_g1, b_f1, FEATURE_MAP)
+        store_pair(p_g, b_dx0, b_dx1, o_g0, o_g1, m_n, 0, K, K0, K1)
+
+    if partial is not None:
+        partial += (i_bh * splits + i_s) * (K * V + K)
+        store_key_sum(partial, tl.sum(b_dz0, 0), tl.sum(b_dz1, 0), K, V, K0, K1)
+
+
+@lru_cache(maxsize=1024)
+def plan_grad_feature(
+    x: Axes,
+    y: Axes,
+    dx: Axes,
+    group: int,
+    chunk: int,
+    dtype: torch.dtype,
+    feature_map: str,
+    normalize: bool,
+    factor: float,
+) -> Launch:
+    B, H, N, K = x.shape
+    V = y.shape[-1]
+    tiling = Tiling.of("grad_feature", dtype, K, V)
+    splits = triton.cdiv(N, chunk)
+    layout = Layout.of(dtype.itemsize, x, y, dx)
+    return Launch(
+        grad_feature_kernel,
+        (B * H * splits, 1),
+        (*layout.strides, factor, H, group, N, chunk, splits),
+        {
+            "K": K,
+            "V": V,
+            "BLOCK_N": tiling.block_tokens,
+            **tiling.cover,
+            "GROUPS": tiling.groups,
+            "ORDER_X": layout.orders[0],
+            "ORDER_Y": layout.orders[1],
+            "ORDER_G": layout.orders[2],
+            "UNIT": layout.unit,
+            "SAME": layout.same and tiling.uniform,
+            "FEATURE_MAP": feature_map,
+            "NORMALIZE": normalize,
+            "ACC": Tiling.acc(dtype),
+            "PRECISION": tiling.precision,
+        },
+        tiling.num_warps,
+        tiling.num_stages,
+    )
+
+
+def launch_grad_feature(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    state: torch.Tensor,
+    inverse: torch.Tensor | None,
+    dx: torch.Tensor,
+    partial: torch.Tensor | None,
+    chunk: int,
+    feature_map: str,
+    normalize: bool,
+    factor: float,
+) -> None:
+    """Fill `dx`, and z' in `partial` `(B * H, splits, K * V + K)` for every `chunk` of tokens."""
+    launch = plan_grad_feature(
+        Axes(x.shape, x.stride()),
+        Axes(y.shape, y.stride()),
+        Axes(dx.shape, dx.stride()),
+        x.shape[0] * x.shape[1] // state.shape[0],
+        chunk,
+        x.dtype,
+        feature_map,
+        normalize,
+        factor,
+    )
+    launch(x, y, state, inverse, dx, partial)
