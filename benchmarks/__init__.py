@@ -1,1 +1,1 @@
-"""Measurements. Each prints what it compares with, taken in the same run, and writes JSON."""
+"""Measurements: each beside its floor and its peers, taken in the same run. See README.md."""

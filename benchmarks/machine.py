@@ -1,0 +1,41 @@
+"""What a result depends on beside the code: the device, its driver, the versions."""
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import fbila
+
+
+def describe() -> dict[str, str | None]:
+    package = Path(fbila.__file__).parent
+    cuda = torch.cuda.is_available()
+    return {
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "fbila": fbila.__version__,
+        "revision": _output("git", "-C", str(package), "describe", "--always", "--dirty"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    """The first line a command prints; None where there is no such command or it fails."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return next(iter(result.stdout.strip().splitlines()), None)

@@ -1,0 +1,166 @@
+"""Measuring on a CUDA device: medians with the 20th and 80th percentiles.
+
+"events" puts a device event before and after each call; calls queue up back to back. "graph"
+captures several calls in one CUDA graph and divides the time of its replays, so that launching
+costs nothing. "host" is the time until the call returns, by the clock of the CPU.
+
+A call whose tensors would stay in the L2 cache goes over several sets of them in turn, and results
+are kept as long as the turn lasts, so that reads and writes reach memory. Everything runs on one
+side stream, since capturing is not possible on the default one and a backward pass runs on the
+stream of its forward pass.
+"""
+
+import gc
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+import torch
+
+Call = Callable[[], object]
+HOST_CALLS = 1000
+COPY_BYTES = 2**30
+
+
+class Quantiles(NamedTuple):
+    """Milliseconds a call."""
+
+    ms: float
+    ms_20: float
+    ms_80: float
+
+
+class Timer(Protocol):
+    """What `measure` needs: CudaTimer, or a stand-in where nothing is measured."""
+
+    device: str
+
+    def sets(self, nbytes: int) -> int: ...
+
+    def time(self, method: str, calls: Sequence[Call]) -> Quantiles: ...
+
+    def bandwidth(self, method: str) -> float: ...
+
+    def copy(self, method: str, nbytes: int) -> Quantiles: ...
+
+    def peak_bytes(self, call: Call) -> int: ...
+
+
+def quantiles(times: Sequence[float]) -> Quantiles:
+    points = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+    return Quantiles(*torch.tensor(times, dtype=torch.float64).quantile(points).tolist())
+
+
+def time_host(call: Call, synchronize: Call, count: int = HOST_CALLS) -> Quantiles:
+    """The time until `call` returns. The device must be the faster one of the two."""
+    times = []
+    gc.disable()
+    try:
+        for i in range(count + count // 10):
+            if i % 100 == 0:
+                synchronize()  # so that the queue never fills
+            start = time.perf_counter_ns()
+            call()
+            times.append((time.perf_counter_ns() - start) / 1e6)
+    finally:
+        gc.enable()
+    return quantiles(times[count // 10 :])
+
+
+class CudaTimer:
+    """Measures each call for about `budget_ms` of device time."""
+
+    device = "cuda"
+
+    def __init__(self, budget_ms: float = 300.0):
+        self.budget_ms = budget_ms
+        self._bandwidths: dict[str, float] = {}
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """Everything from making the tensors to measuring belongs inside."""
+        with torch.cuda.stream(torch.cuda.Stream()):
+            yield
+
+    def sets(self, nbytes: int) -> int:
+        """How many sets of tensors of `nbytes` in all make four times the L2 cache."""
+        l2_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
+        return max(1, math.ceil(4 * l2_bytes / nbytes))
+
+    def time(self, method: str, calls: Sequence[Call]) -> Quantiles:
+        """`calls` do the same on different tensors."""
+        if method == "host":
+            return time_host(calls[0], torch.cuda.synchronize)
+        estimate = self._warm_up(calls)
+        if method == "events":
+            return quantiles(_event_times(calls, self.count(estimate)))
+        # Whole turns, in graphs long enough for an event to resolve.
+        per_graph = len(calls) * math.ceil(min(2 / estimate, 50) / len(calls))
+        graph = torch.cuda.CUDAGraph()
+        kept: deque = deque(maxlen=len(calls))
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            for i in range(per_graph):
+                kept.append(calls[i % len(calls)]())
+        times = _event_times([graph.replay], self.count(estimate * per_graph))
+        return quantiles([t / per_graph for t in times])
+
+    def bandwidth(self, method: str) -> float:
+        """Bytes read plus written a second by a copy of a GiB, measured once a method."""
+        if method not in self._bandwidths:
+            copied = self.copy(method, 2 * COPY_BYTES)
+            self._bandwidths[method] = 2 * COPY_BYTES / (copied.ms * 1e-3)
+        return self._bandwidths[method]
+
+    def copy(self, method: str, nbytes: int) -> Quantiles:
+        """A copy that reads and writes `nbytes` together."""
+        pairs = [_copy_pair(nbytes // 2, self.device) for _ in range(self.sets(nbytes))]
+        return self.time(method, [lambda x=x, y=y: y.copy_(x) for x, y in pairs])
+
+    def peak_bytes(self, call: Call) -> int:
+        """The most memory that `call` held at a time beyond what was held before it."""
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def count(self, estimate: float) -> int:
+        return int(min(max(self.budget_ms / estimate, 10), 1000))
+
+    def _warm_up(self, calls: Sequence[Call]) -> float:
+        """Compile, fill caches and wake the clocks; milliseconds a call, roughly."""
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        start, count = time.perf_counter(), 0
+        while count < 3 or time.perf_counter() - start < self.budget_ms / 5e3:
+            calls[count % len(calls)]()
+            torch.cuda.synchronize()
+            count += 1
+        return (time.perf_counter() - start) * 1e3 / count
+
+
+def make_timer(quick: bool) -> CudaTimer:
+    return CudaTimer(60.0 if quick else 300.0)
+
+
+def _event_times(calls: Sequence[Call], count: int) -> list[float]:
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    kept: deque = deque(maxlen=len(calls))
+    for i, (start, end) in enumerate(pairs):
+        start.record()
+        kept.append(calls[i % len(calls)]())
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in pairs]
+
+
+def _copy_pair(nbytes: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    # Random, since a memory may move a constant faster.
+    x = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device=device)
+    return x, torch.empty_like(x)
