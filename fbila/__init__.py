@@ -2,13 +2,31 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .ops import linear_attn, simple_la
+from .ops import (
+    Rotary,
+    State,
+    focused_la,
+    linear_attn,
+    linear_attn_apply,
+    linear_attn_state,
+    simple_la,
+)
 
 if TYPE_CHECKING:
     from .adapters.linfusion import LinFusion
 
 __version__ = "0.1.0"
-__all__ = ["LinFusion", "__version__", "linear_attn", "simple_la"]
+__all__ = [
+    "LinFusion",
+    "Rotary",
+    "State",
+    "__version__",
+    "focused_la",
+    "linear_attn",
+    "linear_attn_apply",
+    "linear_attn_state",
+    "simple_la",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,15 @@ DEVICE = "cuda" if CUDA else "cpu"
 LOW = [torch.float16, torch.bfloat16] if CUDA else [torch.float16]
 DTYPES = [torch.float32, *LOW]
 
+# The feature maps as a user of PyTorch would write them.
+MAPS: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
+    None: lambda x: x * 1,
+    "elu1": lambda x: F.elu(x) + 1,
+    "relu": F.relu,
+    "relu_offset": lambda x: F.relu(x) + 1e-6,
+    "exp": torch.exp,
+}
+
 # The one table: the largest max|error| / max|term| of forward and backward, whatever eager does.
 RAILS = {
     torch.float64: (1e-12, 1e-12),
@@ -26,6 +35,10 @@ RAILS = {
     torch.float16: (1e-3, 3e-3),
     torch.bfloat16: (8e-3, 2e-2),
 }
+
+
+def zeros(*shape, dtype=torch.float32, device=DEVICE) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 class Variant(NamedTuple):
@@ -76,8 +89,7 @@ def make_qkv(shape, dtype, *, variant: Variant = MEAN, seed: int = 0, away_from_
 
 def eager(q, k, v, variant: Variant) -> torch.Tensor:
     """The operators as a user of PyTorch would write them, computed in the dtype of the inputs."""
-    phi = {None: lambda x: x, "elu1": lambda x: F.elu(x) + 1, "relu": F.relu}[variant.feature_map]
-    q, k = phi(q), phi(k)
+    q, k = (MAPS[variant.feature_map](x) for x in (q, k))
     if variant.normalizer is None:
         scale = q.shape[-1] ** -0.5 if variant.scale is None else variant.scale
         return (q * scale) @ (k.transpose(-1, -2) @ v)
@@ -98,14 +110,25 @@ def run(function: Callable, q, k, v, do=None) -> list[torch.Tensor]:
     return [o.detach(), *torch.autograd.grad(o, leaves, do)]
 
 
+def assert_equations(actual, expected) -> None:
+    """The same up to the rounding of float64."""
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+def assert_on_rail(actual, truth, *, factor: float = 1.0) -> None:
+    """A result within the ceiling of its dtype, as a share of the largest entry of `truth`."""
+    error = float((actual.double() - truth).abs().max())
+    bound = factor * RAILS[actual.dtype][0] * float(truth.abs().max())
+    assert error <= bound, f"{actual.dtype}: error {error:.3e} exceeds {bound:.3e}"
+
+
 def term_sizes(q, k, v, do, variant: Variant) -> list[torch.Tensor]:
     """The largest terms whose sums are o, dq, dk and dv: rounding is relative to these.
 
     Gradients of a normalised operator cancel: with a single key dq is 0 exactly, whoever rounds.
     """
     q, k = (x.detach().double().requires_grad_() for x in (q, k))
-    phi = {None: lambda x: x * 1, "elu1": lambda x: F.elu(x) + 1, "relu": F.relu}
-    phi_q, phi_k = (phi[variant.feature_map](x) for x in (q, k))
+    phi_q, phi_k = (MAPS[variant.feature_map](x) for x in (q, k))
     v, do, f, g = (x.detach().double() for x in (v, do, phi_q, phi_k))
     kv, key_sum = g.transpose(-1, -2) @ v, g.sum(-2, keepdim=True)
     M = k.shape[-2]

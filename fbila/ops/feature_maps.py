@@ -25,8 +25,20 @@ def relu(x: torch.Tensor) -> torch.Tensor:
     return F.relu(x)
 
 
+def relu_offset(x: torch.Tensor) -> torch.Tensor:
+    """`max(x, 0) + 1e-6`, positive everywhere (FLatten, MHLA)."""
+    return F.relu(x) + 1e-6
+
+
+def exp(x: torch.Tensor) -> torch.Tensor:
+    """`exp(x)`, which overflows float32 above 88: the caller keeps x in range."""
+    return torch.exp(x)
+
+
 FEATURE_MAPS: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
     None: identity,
     "elu1": elu1,
     "relu": relu,
+    "relu_offset": relu_offset,
+    "exp": exp,
 }

@@ -3,15 +3,25 @@
 import torch
 
 from . import autograd as _autograd  # noqa: F401  (registers the gradient)
+from .autocast import cast_for_autocast
 from .checks import (
     check_feature_map,
+    check_focusing_factor,
     check_normalizer,
     check_scale,
-    check_tensors,
     check_unavailable,
     choose_implementation,
 )
+from .focusing import focused_la_reference
+from .option_checks import (
+    as_rotary,
+    check_cu_seqlens,
+    check_focus,
+    check_key_options,
+    check_shared_rotary,
+)
 from .reference import linear_attn_reference, simple_la_reference
+from .tensor_checks import check_tensors
 
 
 def linear_attn(
@@ -30,38 +40,49 @@ def linear_attn(
 ) -> torch.Tensor:
     r"""Normalised bidirectional linear attention, in time and memory linear in the tokens.
 
-        o_i = phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) . sum_j phi(k_j))
+        o_i = q~_i sum_j w_j k~_j^T v_j / (phi(q_i) . sum_j w_j phi(k_j))
 
-    with eps in the denominator as `normalizer` says. The order of the arguments and their shapes
+    with eps in the denominator as `normalizer` says. q~ and k~ are phi(q) and phi(k), rotated where
+    `rotary` is given; w is 1 without `key_weight`. The order of the arguments and their shapes
     are those of `torch.nn.functional.scaled_dot_product_attention`. Any strides are read in place:
     pass a `(B, N, H, K)` tensor, or a slice of a packed qkv, as its transposed view. Under
     `torch.autocast` the inputs are cast to the autocast dtype, as that function does.
 
     Args:
         q: `(B, H, N, K)` queries; K from 1 to 256; float16, bfloat16, float32 or float64.
-        k: `(B, H, M, K)` keys. M may differ from N.
-        v: `(B, H, M, V)` values; V from 0 to 256, may differ from K.
-        feature_map: phi, fused into the kernels: None (q and k as they are), "elu1"
-            (`elu(x) + 1`) or "relu".
+        k: `(B, Hk, M, K)` keys. M may differ from N. Hk is H or divides it: query head h then
+            uses key head `h // (H // Hk)`.
+        v: `(B, Hk, M, V)` values; V from 0 to 256, may differ from K.
+        feature_map: phi: None (q and k as they are), "elu1" (`elu(x) + 1`), "relu",
+            "relu_offset" (`relu(x) + 1e-6`) or "exp".
         eps: Added to the denominator; finite, not negative.
         normalizer: "mean": `phi(q) . mean_j phi(k_j) + eps` (with the numerator's sum also over
             M; LinFusion, MLLA, RALA). "sum": `phi(q) . sum_j phi(k_j) + eps` (SANA, EfficientViT).
             Published weights use both; with the same eps they differ.
-        rotary: Not implemented yet.
-        key_weight: Not implemented yet.
-        key_mask: Not implemented yet.
-        cu_seqlens: Not implemented yet.
+        rotary: `(cos, sin)`, or a `Rotary` for another pairing: tables `(N, K / 2)`, or
+            `(H, N, K / 2)`, that rotate phi(q) and phi(k) in the numerator alone (MLLA, RALA,
+            PolaFormer++, SANA-Video). K must be even and M be N. They get no gradient.
+        key_weight: `(B, M)` or `(B, Hk, M)`, w_j before phi(k_j) in both sums (RALA, VSSD). "mean"
+            still divides by the number of keys. It gets a gradient.
+        key_mask: bool `(B, M)`, True where a key is there. Any other is as if it were absent, in
+            the sums and in the number of keys, even if it is NaN there; its gradients are 0.
+        cu_seqlens: int32 or int64 `(sequences + 1,)`, on the device of q: sequence s is the rows
+            from `cu_seqlens[s]` to `cu_seqlens[s + 1]`, 0 first and T last. Then q is `(T, H, K)`,
+            k `(T, Hk, K)`, v `(T, Hk, V)`, and each sequence attends to itself alone. key_weight is
+            `(T,)` or `(Hk, T)`, key_mask `(T,)`, and the tables have T rows.
         impl: "triton", "reference" (eager PyTorch), or None: triton on CUDA, else reference.
 
     Returns:
-        `(B, H, N, V)` in the dtype of q. Its memory is token-major where q's is, so that
-        `o.transpose(1, 2).flatten(2)` is a view. With M = 0 it is 0. A row whose denominator is 0
-        gives 0 where eps > 0.
+        `(B, H, N, V)` in the dtype of q; `(T, H, V)` with cu_seqlens. Its memory is token-major
+        where q's is, so that `o.transpose(1, 2).flatten(2)` is a view. Without any key it is 0. A
+        row whose denominator is 0 gives 0 where eps > 0.
 
     Raises:
-        ValueError: Shapes, devices, `normalizer`, `eps`, `feature_map` or `impl` that do not fit.
-        TypeError: Dtypes that differ or are not supported.
-        NotImplementedError: An option that is not implemented yet; grouped heads.
+        ValueError: Shapes, devices, `normalizer`, `eps`, `feature_map` or `impl` that do not fit;
+            tables of rotary that require a gradient.
+        TypeError: Dtypes that differ or are not supported; arguments of another type.
+        NotImplementedError: With the Triton kernels: rotary, key_weight, key_mask, cu_seqlens, Hk
+            that is not H, "relu_offset" and "exp". `impl="reference"` has them.
 
     Source: Katharopoulos et al., "Transformers are RNNs", 2020, eq. 4-6, without causality.
 
@@ -70,15 +91,27 @@ def linear_attn(
         >>> linear_attn(q, k, v, feature_map="elu1").shape
         torch.Size([1, 2, 64, 16])
     """
-    check_unavailable(
-        rotary=rotary, key_weight=key_weight, key_mask=key_mask, cu_seqlens=cu_seqlens
-    )
     check_feature_map(feature_map)
     check_normalizer(normalizer, eps)
-    q, k, v = _autocast(q, k, v)
-    check_tensors(q, k, v)
+    q, k, v = cast_for_autocast(q, k, v)
+    packed = cu_seqlens is not None
+    check_tensors(q, k, v, packed=packed)
+    check_cu_seqlens(cu_seqlens, q)
+    tables = as_rotary(rotary)
+    check_shared_rotary(tables, q, k, packed=packed)
+    check_key_options(k, key_weight, key_mask, packed=packed)
     if choose_implementation(impl, q.device, q.dtype) == "reference":
-        return linear_attn_reference(q, k, v, feature_map, normalizer, eps)
+        return linear_attn_reference(
+            q, k, v, feature_map, normalizer, eps, tables, key_weight, key_mask, cu_seqlens
+        )
+    check_unavailable(
+        feature_map=feature_map,
+        heads=(q.shape[1], k.shape[1]),
+        rotary=rotary,
+        key_weight=key_weight,
+        key_mask=key_mask,
+        cu_seqlens=cu_seqlens,
+    )
     return torch.ops.fbila.linear_attn(q, k, v, feature_map or "none", normalizer, 1.0, eps)
 
 
@@ -97,23 +130,24 @@ def simple_la(
 ) -> torch.Tensor:
     r"""Bidirectional linear attention without a denominator.
 
-        o_i = scale * phi(q_i) sum_j phi(k_j)^T v_j
+        o_i = scale * q~_i sum_j w_j k~_j^T v_j
+
+    q~ and k~ are phi(q) and phi(k), rotated where `rotary` is given; w is 1 without `key_weight`.
 
     Args:
         q: `(B, H, N, K)` queries; K from 1 to 256; float16, bfloat16, float32 or float64.
-        k: `(B, H, M, K)` keys. M may differ from N.
-        v: `(B, H, M, V)` values; V from 0 to 256, may differ from K.
-        feature_map: phi, fused into the kernels: None, "elu1" or "relu".
+        k: `(B, Hk, M, K)` keys; M may differ from N, and Hk may divide H.
+        v: `(B, Hk, M, V)` values; V from 0 to 256, may differ from K.
+        feature_map: phi: None, "elu1", "relu", "relu_offset" or "exp".
         scale: None: `K ** -0.5`. It is the only place where the result is scaled: nothing is
             divided by M.
-        rotary: Not implemented yet.
-        key_weight: Not implemented yet.
-        key_mask: Not implemented yet.
-        cu_seqlens: Not implemented yet.
+        rotary, key_weight, key_mask, cu_seqlens: As in `linear_attn`; a mask changes the sum
+            alone, since there is no number of keys in it.
         impl: "triton", "reference" (eager PyTorch), or None: triton on CUDA, else reference.
 
     Returns:
-        `(B, H, N, V)` in the dtype of q; token-major in memory where q is. With M = 0 it is 0.
+        `(B, H, N, V)` in the dtype of q, `(T, H, V)` with cu_seqlens; token-major in memory where q
+        is. Without any key it is 0.
 
     Raises:
         ValueError, TypeError, NotImplementedError: As for `linear_attn`.
@@ -123,31 +157,82 @@ def simple_la(
         >>> simple_la(q, k, v, scale=1 / 64).shape
         torch.Size([1, 2, 64, 16])
     """
-    check_unavailable(
-        rotary=rotary, key_weight=key_weight, key_mask=key_mask, cu_seqlens=cu_seqlens
-    )
     check_feature_map(feature_map)
-    q, k, v = _autocast(q, k, v)
-    check_tensors(q, k, v)
+    q, k, v = cast_for_autocast(q, k, v)
+    packed = cu_seqlens is not None
+    check_tensors(q, k, v, packed=packed)
+    check_cu_seqlens(cu_seqlens, q)
+    tables = as_rotary(rotary)
+    check_shared_rotary(tables, q, k, packed=packed)
+    check_key_options(k, key_weight, key_mask, packed=packed)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     check_scale(scale)
     if choose_implementation(impl, q.device, q.dtype) == "reference":
-        return simple_la_reference(q, k, v, feature_map, scale)
+        return simple_la_reference(
+            q, k, v, feature_map, scale, tables, key_weight, key_mask, cu_seqlens
+        )
+    check_unavailable(
+        feature_map=feature_map,
+        heads=(q.shape[1], k.shape[1]),
+        rotary=rotary,
+        key_weight=key_weight,
+        key_mask=key_mask,
+        cu_seqlens=cu_seqlens,
+    )
     return torch.ops.fbila.linear_attn(q, k, v, feature_map or "none", "none", scale, 0.0)
 
 
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Cast to the autocast dtype inside `torch.autocast`; float64 is left alone there."""
-    first = tensors[0]
-    # Autocast does not know the meta device.
-    if not isinstance(first, torch.Tensor) or first.device.type == "meta":
-        return tensors
-    if not torch.is_autocast_enabled(first.device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
-    return tuple(
-        x.to(dtype)
-        if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64
-        else x
-        for x in tensors
-    )
+def focused_la(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    focusing_factor: float = 3,
+    scale: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    key_mask: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
+    r"""Focused linear attention: features turned towards their largest channels.
+
+        x^ = (relu(x) + 1e-6) / softplus(scale)          f(x) = ||x^|| x^p / ||x^p||
+        o_i = f(q_i) mean_j f(k_j)^T v_j / (f(q_i) . mean_j f(k_j) + eps)
+
+    Both norms are over all heads and channels of a token, so that the heads are not independent.
+
+    Args:
+        q: `(B, H, N, K)` queries; K from 1 to 256; float16, bfloat16, float32 or float64.
+        k: `(B, H, M, K)` keys, with the heads of q. M may differ from N.
+        v: `(B, H, M, V)` values; V from 0 to 256, may differ from K.
+        focusing_factor: p, positive.
+        scale: `(H, K)`, the parameter as it is learned, before softplus; shared by q and k. None:
+            nothing is divided. It gets a gradient.
+        eps: Added to the denominator; finite, not negative.
+        key_mask: As in `linear_attn`.
+        impl: As in `linear_attn`.
+
+    Returns:
+        `(B, H, N, V)` in the dtype of q; token-major in memory where q is.
+
+    Raises:
+        ValueError, TypeError: As for `linear_attn`; grouped heads; `focusing_factor` or `scale`
+            that do not fit.
+        NotImplementedError: With the Triton kernels; `impl="reference"` has it.
+
+    Source: Han et al., "FLatten Transformer", ICCV 2023, eq. 8 and 9; scale, eps and the norms over
+    all heads as in its code.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 2, 64, 16).unbind(0)
+        >>> focused_la(q, k, v, scale=torch.zeros(2, 16)).shape
+        torch.Size([1, 2, 64, 16])
+    """
+    check_focusing_factor(focusing_factor)
+    check_normalizer("mean", eps)
+    q, k, v = cast_for_autocast(q, k, v)
+    check_tensors(q, k, v)
+    check_focus(q, k, scale)
+    check_key_options(k, None, key_mask)
+    if choose_implementation(impl, q.device, q.dtype) == "triton":
+        check_unavailable(function="focused_la")
+    return focused_la_reference(q, k, v, focusing_factor, scale, eps, key_mask)

@@ -18,3 +18,8 @@ def empty_like_order(x: torch.Tensor, width: int) -> torch.Tensor:
 def is_token_major(x: torch.Tensor) -> bool:
     """Whether the heads of one token lie closer in memory than the tokens of one head."""
     return x.stride(1) < x.stride(2)
+
+
+def in_order_of(x: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
+    """`o` `(B, H, N, V)`, contiguous, in the memory order of `x`: copied only if it differs."""
+    return o.transpose(1, 2).contiguous().transpose(1, 2) if is_token_major(x) else o.contiguous()

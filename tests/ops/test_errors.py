@@ -4,14 +4,9 @@ import re
 
 import pytest
 import torch
-from helpers import DEVICE
+from helpers import zeros as x
 
 from fbila import linear_attn, simple_la
-
-
-def x(*shape, dtype=torch.float32, device=DEVICE):
-    return torch.zeros(shape, dtype=dtype, device=device)
-
 
 Q, K, V = x(2, 3, 5, 4), x(2, 3, 7, 4), x(2, 3, 7, 6)
 INF, NAN = float("inf"), float("nan")
@@ -39,14 +34,8 @@ CASES = [
     ((Q, K.to("meta"), V), {}, ValueError, "k.device=meta"),
     # options
     ((Q, K, V), {"feature_map": "softmax"}, ValueError, "got 'softmax'"),
-    ((Q, K, V), {"feature_map": "none"}, ValueError, "one of None, 'elu1', 'relu', got 'none'"),
+    ((Q, K, V), {"feature_map": "none"}, ValueError, "'relu', 'relu_offset', 'exp', got 'none'"),
     ((Q, K, V), {"impl": "cuda"}, ValueError, "'triton' or 'reference', got 'cuda'"),
-    # what is to come
-    ((Q, K[:, :1], V[:, :1]), {}, NotImplementedError, "q.shape[1]=3 and k.shape[1]=1"),
-    ((Q, K, V), {"rotary": (Q, Q)}, NotImplementedError, "rotary is not implemented"),
-    ((Q, K, V), {"key_mask": x(2, 7) == 0}, NotImplementedError, "key_mask is not implemented"),
-    ((Q, K, V), {"key_weight": x(2, 7)}, NotImplementedError, "key_weight is not implemented"),
-    ((Q, K, V), {"cu_seqlens": x(3).int()}, NotImplementedError, "cu_seqlens is not implemented"),
 ]  # fmt: skip
 
 OPTIONS_OF_ONE = [
@@ -107,11 +96,3 @@ def test_bfloat16_in_the_interpreter(monkeypatch, launches):
         linear_attn(q, k, v, impl="triton")
     assert launches == []
     assert linear_attn(q, k, v, feature_map="elu1", impl="reference").dtype == torch.bfloat16
-
-
-def test_the_way_out_for_grouped_heads_works():
-    q, k, v = x(2, 6, 5, 4), K, V
-    with pytest.raises(NotImplementedError, match=r"k\.repeat_interleave\(2, dim=1\)"):
-        linear_attn(q, k, v)
-    k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))
-    assert linear_attn(q, k, v).shape == (2, 6, 5, 6)

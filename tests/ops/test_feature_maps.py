@@ -7,6 +7,7 @@ from helpers import (
     DTYPES,
     Variant,
     assert_accurate,
+    assert_equations,
     assert_in_budget,
     assert_same_bits,
     eager,
@@ -16,6 +17,7 @@ from helpers import (
 )
 
 MAPS = {"elu1": lambda x: F.elu(x) + 1, "relu": F.relu}
+IMPLEMENTATIONS = ["reference"]  # of the maps that the kernels do not fuse
 
 each_map = pytest.mark.parametrize("feature_map", MAPS)
 each_normalizer = pytest.mark.parametrize("normalizer", ["mean", "sum", None])
@@ -75,3 +77,58 @@ def test_gradient_at_zero_is_that_of_the_reference(variant, dtype):
     if variant.feature_map == "relu":
         dq, dk = run(variant, q, k, v, do)[1:3]
         assert not dq[..., ::3].any() and not dk[..., ::2].any()
+
+
+each_new_map = pytest.mark.parametrize(
+    "feature_map, phi", [("relu_offset", lambda x: x.clamp(min=0) + 1e-6), ("exp", torch.exp)]
+)
+each_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+
+
+@each_impl
+@each_new_map
+@each_normalizer
+def test_is_the_map_applied_first(normalizer, feature_map, phi, impl):
+    q, k, v, _ = make_qkv((1, 2, 20, 30, 8, 8), torch.float64)
+    fused, bare = Variant(normalizer, feature_map), Variant(normalizer)
+    o = fused(q, k, v, impl=impl)
+    assert_equations(o, bare(phi(q), phi(k), v, impl="reference"))
+
+
+@each_impl
+@each_new_map
+@each_normalizer
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_is_accurate(dtype, normalizer, feature_map, phi, impl):
+    variant = Variant(normalizer, feature_map, eps=1e-4)
+    assert_accurate(*make_qkv((1, 2, 40, 70, 17, 8), dtype), variant, impl=impl)
+
+
+@each_impl
+@each_new_map
+@each_normalizer
+def test_gradcheck(normalizer, feature_map, phi, impl):
+    q, k, v, _ = make_qkv((1, 1, 4, 5, 3, 2), torch.float64, away_from_zero=True)
+    variant = Variant(normalizer, feature_map)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    assert torch.autograd.gradcheck(lambda *x: variant(*x, impl=impl), leaves)
+
+
+@each_impl
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_relu_offset_has_no_denominator_of_zero(dtype, impl):
+    q, k, v, do = make_qkv((1, 1, 20, 30, 16, 8), dtype)
+    variant = Variant("mean", "relu_offset", eps=0.0)
+    o, *gradients = run(lambda *x: variant(*x, impl=impl), -q.abs(), -k.abs(), v, do)
+    # All features are 1e-6, and every query gets the mean of the values.
+    mean = v.double().mean(2, keepdim=True)
+    assert (o - mean).abs().max() <= 8 * torch.finfo(dtype).eps * v.abs().max()
+    assert all(x.isfinite().all() for x in gradients)
+
+
+@each_impl
+def test_relu_offset_has_the_gradient_of_relu_at_zero(impl):
+    q, k, v, do = make_qkv((1, 1, 20, 30, 16, 8), torch.float64)
+    q[..., ::3], k[..., ::2] = 0, 0
+    _, dq, dk, _ = run(lambda *x: Variant("mean", "relu_offset")(*x, impl=impl), q, k, v, do)
+    assert not dq[..., ::3].any() and not dk[..., ::2].any()

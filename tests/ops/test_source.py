@@ -10,11 +10,30 @@ import pytest
 import torch
 
 import fbila
-from fbila.ops import autograd, checks, feature_maps, functional, layout, library, reference
+from fbila.ops import (
+    autocast,
+    autograd,
+    checks,
+    feature_maps,
+    focusing,
+    functional,
+    halves,
+    layout,
+    library,
+    option_checks,
+    packing,
+    reference,
+    rotary,
+    state,
+    tensor_checks,
+)
 
 PACKAGE = Path(fbila.__file__).parent
 KERNELS = sorted((PACKAGE / "ops" / "kernels").glob("*.py"))
-HOST = [autograd, checks, feature_maps, functional, layout, library, reference]
+HOST = [
+    autocast, autograd, checks, feature_maps, focusing, functional, halves, layout, library,
+    option_checks, packing, reference, rotary, state, tensor_checks,
+]  # fmt: skip
 
 
 def python(code):
@@ -46,8 +65,9 @@ def test_examples_in_docstrings(module):
     assert failed == 0
 
 
-def test_every_public_function_has_an_example():
+def test_every_public_name_has_an_example():
     for name in fbila.ops.__all__:
+        assert name in fbila.__all__
         assert ">>>" in inspect.getdoc(getattr(fbila.ops, name))
 
 

@@ -1,0 +1,29 @@
+"""What `torch.autocast` does to the inputs of the operators, and how to keep it out."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def cast_for_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cast to the autocast dtype inside `torch.autocast`; float64 is left alone there."""
+    first = tensors[0]
+    # Autocast does not know the meta device.
+    if not isinstance(first, torch.Tensor) or first.device.type == "meta":
+        return tensors
+    if not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(
+        x.to(dtype)
+        if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        else x
+        for x in tensors
+    )
+
+
+def without_autocast(x: torch.Tensor) -> AbstractContextManager:
+    """Where autocast would take float32 products back to half precision."""
+    if x.is_meta:
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
