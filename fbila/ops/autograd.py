@@ -6,42 +6,79 @@ token and head, the inverse of its denominator: nothing of the size of q.
 
 import torch
 
+from . import library
 from .library import LIBRARY
+
+_ORDINARY = (torch.Tensor, torch.nn.Parameter)
+
+
+def ordinary(*tensors: torch.Tensor | None) -> bool:
+    """Whether calls on `tensors` need no dispatcher: no graph is traced and nobody looks on.
+
+    The dispatcher's way to a Python implementation takes longer than launching the kernels.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+        and all(x is None or (type(x) in _ORDINARY and not x.is_meta) for x in tensors)
+    )
+
+
+def linear_attn(q, k, v, key_weight, key_mask, count, *options):
+    """`fbila::linear_attn`, straight away where nothing stands in between."""
+    if not ordinary(q, k, v, key_weight):
+        return torch.ops.fbila.linear_attn(q, k, v, key_weight, key_mask, count, *options)
+    if torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (key_weight is not None and key_weight.requires_grad)
+    ):
+        return LinearAttn.apply(q, k, v, key_weight, key_mask, count, *options)
+    return library.inference(q, k, v, key_weight, key_mask, count, *options)
 
 
 class LinearAttn(torch.autograd.Function):
     """`fbila::linear_attn` and its gradient."""
 
     @staticmethod
-    def forward(ctx, q, k, v, feature_map, normalizer, scale, eps):
-        ctx.options = (feature_map, normalizer, scale, eps)
-        with torch._C._AutoDispatchBelowAutograd():
-            o, state, inverse = torch.ops.fbila.linear_attn_forward(q, k, v, *ctx.options)
-        ctx.save_for_backward(q, k, v, state, inverse)
+    def forward(ctx, q, k, v, key_weight, key_mask, count, *options):
+        ctx.options = options
+        inputs = (q, k, v, key_weight, key_mask, count)
+        if ordinary(q, k, v):
+            o, state, inverse = library.forward(*inputs, *options)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                o, state, inverse = torch.ops.fbila.linear_attn_forward(*inputs, *options)
+        ctx.save_for_backward(*inputs, state, inverse)
         return o
 
     @staticmethod
     def backward(ctx, do):
-        q, k, v, state, inverse = ctx.saved_tensors
-        need_q, need_k, need_v = ctx.needs_input_grad[:3]
-        dq, dk, dv = torch.ops.fbila.linear_attn_backward(
-            do, q, k, v, state, inverse, *ctx.options, [need_q, need_k or need_v]
-        )
+        inputs = ctx.saved_tensors
+        need_q, need_k, need_v, need_w = ctx.needs_input_grad[:4]
+        # With gradients enabled, gradients of gradients are wanted, which the op refuses.
+        direct = not torch.is_grad_enabled() and ordinary(do, *inputs[:3])
+        run = library.backward if direct else torch.ops.fbila.linear_attn_backward
+        dq, dk, dv, dw = run(do, *inputs, *ctx.options, [need_q, need_k or need_v or need_w])
         return (
             dq if need_q else None,
             dk if need_k else None,
             dv if need_v else None,
-            None, None, None, None,
-        )  # fmt: skip
+            dw if need_w else None,
+            *[None] * (2 + len(ctx.options)),
+        )
 
 
 class LinearAttnBackward(torch.autograd.Function):
     """`fbila::linear_attn_backward`, whose own gradient is refused rather than silently zero."""
 
     @staticmethod
-    def forward(ctx, do, q, k, v, state, inverse, *options):
+    def forward(ctx, *arguments):
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.fbila.linear_attn_backward(do, q, k, v, state, inverse, *options)
+            return torch.ops.fbila.linear_attn_backward(*arguments)
 
     @staticmethod
     def backward(ctx, *_):
@@ -51,13 +88,7 @@ class LinearAttnBackward(torch.autograd.Function):
         )
 
 
-def linear_attn(q, k, v, feature_map, normalizer, scale, eps):
-    return LinearAttn.apply(q, k, v, feature_map, normalizer, scale, eps)
-
-
-def linear_attn_backward(do, q, k, v, state, inverse, *options):
-    return LinearAttnBackward.apply(do, q, k, v, state, inverse, *options)
-
-
-LIBRARY.impl("linear_attn", linear_attn, "Autograd")
-LIBRARY.impl("linear_attn_backward", linear_attn_backward, "Autograd")
+LIBRARY.impl("linear_attn", lambda *arguments: LinearAttn.apply(*arguments), "Autograd")
+LIBRARY.impl(
+    "linear_attn_backward", lambda *arguments: LinearAttnBackward.apply(*arguments), "Autograd"
+)

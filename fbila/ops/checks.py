@@ -13,7 +13,6 @@ from .feature_maps import FEATURE_MAPS
 
 NORMALIZERS = ("mean", "sum")
 IMPLEMENTATIONS = (None, "triton", "reference")
-NOT_FUSED = ("relu_offset", "exp")
 
 
 def check_feature_map(feature_map: str | None) -> None:
@@ -63,17 +62,8 @@ def choose_implementation(impl: str | None, device: torch.device, dtype: torch.d
     return impl
 
 
-def check_unavailable(
-    *,
-    function: str | None = None,
-    feature_map: str | None = None,
-    heads: tuple[int, int] = (1, 1),
-    **options: object,
-) -> None:
-    """What the Triton kernels do not compute yet; `heads` are those of q and of k.
-
-    For the implementation "triton" alone.
-    """
+def check_unavailable(*, function: str | None = None, **options: object) -> None:
+    """What the Triton kernels do not compute yet. For the implementation "triton" alone."""
     if function is not None:
         raise NotImplementedError(
             f"{function} is not implemented by the Triton kernels yet; pass impl='reference'."
@@ -84,14 +74,3 @@ def check_unavailable(
                 f"{name} is not implemented by the Triton kernels yet; pass impl='reference', or "
                 f"{name}=None."
             )
-    if feature_map in NOT_FUSED:
-        raise NotImplementedError(
-            f"feature_map={feature_map!r} is not implemented by the Triton kernels yet; pass "
-            "impl='reference', or apply it to q and k first and pass feature_map=None."
-        )
-    if heads[0] != heads[1]:
-        raise NotImplementedError(
-            "Grouped heads are not implemented by the Triton kernels yet, got "
-            f"q.shape[1]={heads[0]} and k.shape[1]={heads[1]}. Pass impl='reference', or repeat k "
-            f"and v: k.repeat_interleave({heads[0] // heads[1]}, dim=1)."
-        )

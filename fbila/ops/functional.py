@@ -2,7 +2,7 @@
 
 import torch
 
-from . import autograd as _autograd  # noqa: F401  (registers the gradient)
+from . import autograd
 from .autocast import cast_for_autocast
 from .checks import (
     check_feature_map,
@@ -104,15 +104,9 @@ def linear_attn(
         return linear_attn_reference(
             q, k, v, feature_map, normalizer, eps, tables, key_weight, key_mask, cu_seqlens
         )
-    check_unavailable(
-        feature_map=feature_map,
-        heads=(q.shape[1], k.shape[1]),
-        rotary=rotary,
-        key_weight=key_weight,
-        key_mask=key_mask,
-        cu_seqlens=cu_seqlens,
-    )
-    return torch.ops.fbila.linear_attn(q, k, v, feature_map or "none", normalizer, 1.0, eps)
+    check_unavailable(rotary=rotary, cu_seqlens=cu_seqlens)
+    keys = kernel_keys(k, key_weight, key_mask, count=True)
+    return autograd.linear_attn(q, k, v, *keys, feature_map or "none", normalizer, 1.0, eps)
 
 
 def simple_la(
@@ -171,15 +165,9 @@ def simple_la(
         return simple_la_reference(
             q, k, v, feature_map, scale, tables, key_weight, key_mask, cu_seqlens
         )
-    check_unavailable(
-        feature_map=feature_map,
-        heads=(q.shape[1], k.shape[1]),
-        rotary=rotary,
-        key_weight=key_weight,
-        key_mask=key_mask,
-        cu_seqlens=cu_seqlens,
-    )
-    return torch.ops.fbila.linear_attn(q, k, v, feature_map or "none", "none", scale, 0.0)
+    check_unavailable(rotary=rotary, cu_seqlens=cu_seqlens)
+    keys = kernel_keys(k, key_weight, key_mask, count=False)
+    return autograd.linear_attn(q, k, v, *keys, feature_map or "none", "none", scale, 0.0)
 
 
 def focused_la(
@@ -236,3 +224,24 @@ def focused_la(
     if choose_implementation(impl, q.device, q.dtype) == "triton":
         check_unavailable(function="focused_la")
     return focused_la_reference(q, k, v, focusing_factor, scale, eps, key_mask)
+
+
+def kernel_keys(
+    k: torch.Tensor,
+    key_weight: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    *,
+    count: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """key_weight `(B, Hk, M)`, key_mask and, with `count`, the number of keys there, `(B,)`."""
+    dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
+    if key_weight is not None:
+        if key_mask is not None:
+            # Selected, so that a masked weight gets a gradient of 0 whatever it is.
+            there = key_mask if key_weight.dim() == 2 else key_mask[:, None]
+            key_weight = torch.where(there, key_weight, 0)
+        if key_weight.dim() == 2:
+            key_weight = key_weight[:, None].expand(-1, k.shape[1], -1)
+        key_weight = key_weight.to(dtype)
+    counted = key_mask.sum(-1, dtype=dtype) if count and key_mask is not None else None
+    return key_weight, key_mask, counted

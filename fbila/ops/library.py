@@ -2,25 +2,35 @@
 
 `fbila::linear_attn` is what users' graphs show; it is differentiable. `..._forward` and
 `..._backward` are the two passes it is made of, and are not. Both operators are one op here:
-`normalizer` is "mean", "sum" or, for simple_la, "none". float64 scalars stay float64.
+`normalizer` is "mean", "sum" or, for simple_la, "none". float64 scalars stay float64. key_weight is
+`(B, Hk, M)`, key_mask `(B, M)` and count, the number of keys that it leaves, `(B,)`.
 
 The Triton kernels are imported at the first launch, so that importing fbila needs no triton.
 """
+
+from typing import NamedTuple
 
 import torch
 
 from .layout import empty_like_order
 
 LIBRARY = torch.library.Library("fbila", "DEF")
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? key_weight, Tensor? key_mask, Tensor? count"
 _OPTIONS = "str feature_map, str normalizer, float scale, float eps"
-LIBRARY.define(f"linear_attn(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> Tensor")
+LIBRARY.define(f"linear_attn({_INPUTS}, {_OPTIONS}) -> Tensor")
+LIBRARY.define(f"linear_attn_forward({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
 LIBRARY.define(
-    f"linear_attn_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+    f"linear_attn_backward(Tensor do, {_INPUTS}, Tensor state, Tensor inverse, {_OPTIONS}, "
+    "bool[] needs_grad) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-LIBRARY.define(
-    "linear_attn_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor state, Tensor inverse, "
-    f"{_OPTIONS}, bool[] needs_grad) -> (Tensor, Tensor, Tensor)"
-)
+
+
+class Keys(NamedTuple):
+    """The keys' options, as the kernels take them."""
+
+    weight: torch.Tensor | None
+    mask: torch.Tensor | None
+    count: torch.Tensor | None
 
 
 def _scalars(normalizer: str, scale: float, eps: float, M: int) -> tuple[float, float]:
@@ -34,9 +44,9 @@ def _sum_dtype(q: torch.Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _empty_state(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _empty_state(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     B, H, _, K = k.shape
-    return q.new_empty(B * H, K * v.shape[-1] + K, dtype=_sum_dtype(q))
+    return k.new_empty(B * H, K * v.shape[-1] + K, dtype=_sum_dtype(k))
 
 
 def _empty_inverse(q: torch.Tensor, normalizer: str) -> torch.Tensor:
@@ -49,6 +59,9 @@ def forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    key_weight: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    count: torch.Tensor | None,
     feature_map: str,
     normalizer: str,
     scale: float,
@@ -58,14 +71,18 @@ def forward(
     o = empty_like_order(q, v.shape[-1])
     inverse = _empty_inverse(q, normalizer)
     if o.numel() == 0 or k.shape[2] == 0:
-        return o.zero_(), _empty_state(q, k, v).zero_(), inverse.zero_()
-    return o, _forward(q, k, v, o, inverse, feature_map, normalizer, scale, eps), inverse
+        return o.zero_(), _empty_state(k, v).zero_(), inverse.zero_()
+    keys = Keys(key_weight, key_mask, count)
+    return o, _forward(q, k, v, keys, o, inverse, feature_map, normalizer, scale, eps), inverse
 
 
 def inference(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    key_weight: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    count: torch.Tensor | None,
     feature_map: str,
     normalizer: str,
     scale: float,
@@ -75,7 +92,8 @@ def inference(
     o = empty_like_order(q, v.shape[-1])
     if o.numel() == 0 or k.shape[2] == 0:
         return o.zero_()
-    _forward(q, k, v, o, None, feature_map, normalizer, scale, eps)
+    keys = Keys(key_weight, key_mask, count)
+    _forward(q, k, v, keys, o, None, feature_map, normalizer, scale, eps)
     return o
 
 
@@ -83,6 +101,7 @@ def _forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    keys: Keys,
     o: torch.Tensor,
     inverse: torch.Tensor | None,
     feature_map: str,
@@ -95,11 +114,11 @@ def _forward(
 
     normalize = normalizer != "none"
     factor, eps = _scalars(normalizer, scale, eps, k.shape[2])
-    with _on_device_of(q):
-        state = launch_state(k, v, None, feature_map)
-        launch_output(
-            q, state, o, inverse if normalize else None, feature_map, normalize, factor, eps
-        )
+    state = launch_state(k, v, keys.weight, keys.mask, feature_map)
+    launch_output(
+        q, state, o, feature_map, normalize, factor, eps,
+        inverse=inverse if normalize else None, count=keys.count, mean=normalizer == "mean",
+    )  # fmt: skip
     return state
 
 
@@ -108,6 +127,9 @@ def backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    key_weight: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    count: torch.Tensor | None,
     state: torch.Tensor,
     inverse: torch.Tensor,
     feature_map: str,
@@ -115,38 +137,44 @@ def backward(
     scale: float,
     eps: float,
     needs_grad: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk, dv; those that nobody needs are empty (dk and dv are made together)."""
-    dq, dk, dv = _empty_gradients(q, k, v, needs_grad)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv and dw; those that nobody needs are empty (the keys' are made together)."""
+    dq, dk, dv, dw = _empty_gradients(q, k, v, key_weight, needs_grad)
     M = k.shape[2]
     if do.numel() == 0 or M == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_()
+        return dq.zero_(), dk.zero_(), dv.zero_(), dw.zero_()
     from .kernels.grad_key import launch_grad_key
     from .kernels.grad_query import launch_grad_query
 
     normalize = normalizer != "none"
     factor, _ = _scalars(normalizer, scale, eps, M)
-    with _on_device_of(q):
-        dstate = launch_grad_query(
-            q, do, state, inverse if normalize else None, dq, feature_map, factor
-        )
-        if needs_grad[1]:
-            launch_grad_key(k, v, dstate, dk, dv, feature_map, normalize, factor)
-    return dq, dk, dv
+    if normalizer != "mean":
+        count = None
+    dstate = launch_grad_query(
+        q, do, state, inverse if normalize else None, count, dq, feature_map, factor
+    )
+    if needs_grad[1]:
+        launch_grad_key(
+            k, v, dstate, dk, dv, feature_map, normalize, factor,
+            count=count, weight=key_weight, mask=key_mask,
+            dweight=None if key_weight is None else dw,
+        )  # fmt: skip
+    return dq, dk, dv, dw
 
 
 def _empty_gradients(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, needs_grad: list[bool]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_weight: torch.Tensor | None,
+    needs_grad: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dq = empty_like_order(q, q.shape[-1])
+    none = k.new_empty((0,), dtype=_sum_dtype(k))
     if not needs_grad[1]:
-        return dq, k.new_empty(0), v.new_empty(0)
-    return dq, empty_like_order(k, k.shape[-1]), empty_like_order(v, v.shape[-1])
-
-
-def _on_device_of(x: torch.Tensor) -> torch.cuda.device:
-    """Triton launches on the current device, which need not be the tensors' own."""
-    return torch.cuda.device(x.device if x.is_cuda else -1)
+        return dq, k.new_empty(0), v.new_empty(0), none
+    dw = none if key_weight is None else k.new_empty(k.shape[:3], dtype=_sum_dtype(k))
+    return dq, empty_like_order(k, k.shape[-1]), empty_like_order(v, v.shape[-1]), dw
 
 
 for _name, _implementation in (
@@ -159,15 +187,15 @@ for _name, _implementation in (
 
 
 @torch.library.register_fake("fbila::linear_attn", lib=LIBRARY)
-def _(q, k, v, feature_map, normalizer, scale, eps):
+def _(q, k, v, key_weight, key_mask, count, feature_map, normalizer, scale, eps):
     return empty_like_order(q, v.shape[-1])
 
 
 @torch.library.register_fake("fbila::linear_attn_forward", lib=LIBRARY)
-def _(q, k, v, feature_map, normalizer, scale, eps):
-    return empty_like_order(q, v.shape[-1]), _empty_state(q, k, v), _empty_inverse(q, normalizer)
+def _(q, k, v, key_weight, key_mask, count, feature_map, normalizer, scale, eps):
+    return empty_like_order(q, v.shape[-1]), _empty_state(k, v), _empty_inverse(q, normalizer)
 
 
 @torch.library.register_fake("fbila::linear_attn_backward", lib=LIBRARY)
-def _(do, q, k, v, state, inverse, feature_map, normalizer, scale, eps, needs_grad):
-    return _empty_gradients(q, k, v, needs_grad)
+def _(do, q, k, v, key_weight, key_mask, count, state, inverse, *options):
+    return _empty_gradients(q, k, v, key_weight, options[-1])

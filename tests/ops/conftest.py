@@ -30,7 +30,7 @@ def launches(monkeypatch):
     """The names of the launchers in the order they are called; they compute nothing."""
     called = []
     for path in LAUNCHERS:
-        monkeypatch.setattr(path, lambda *args, path=path: called.append(path))
+        monkeypatch.setattr(path, lambda *args, path=path, **options: called.append(path))
     return called
 
 

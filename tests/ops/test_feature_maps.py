@@ -17,7 +17,7 @@ from helpers import (
 )
 
 MAPS = {"elu1": lambda x: F.elu(x) + 1, "relu": F.relu}
-IMPLEMENTATIONS = ["reference"]  # of the maps that the kernels do not fuse
+IMPLEMENTATIONS = ["reference", "triton"]  # of the maps that the kernels do not fuse
 
 each_map = pytest.mark.parametrize("feature_map", MAPS)
 each_normalizer = pytest.mark.parametrize("normalizer", ["mean", "sum", None])

@@ -14,7 +14,7 @@ from helpers import (
 
 from fbila import linear_attn, simple_la
 
-IMPLEMENTATIONS = ["reference"]
+IMPLEMENTATIONS = ["reference", "triton"]
 SHAPE = (2, 3, 5, 7, 4, 6)  # B, H, N, M, K, V
 
 each_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import LAYOUTS, MEAN, SIMPLE, SUM, make_qkv, run
+from helpers import DEVICE, LAYOUTS, MEAN, SIMPLE, SUM, make_qkv, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
@@ -27,6 +27,16 @@ each_case = pytest.mark.parametrize(
 )
 
 
+NO_KEY_OPTIONS = (None, None, None)
+
+
+def key_options(dtype):
+    """key_weight, key_mask and count for keys `(1, 2, 7, ...)`."""
+    weight = torch.arange(14.0, device=DEVICE).reshape(1, 2, 7)
+    mask = torch.tensor([[True, False, True, True, True, False, True]], device=DEVICE)
+    return weight, mask, mask.sum(-1, dtype=torch.float32)
+
+
 def tensors(dtype, layout, shape=(1, 2, 5, 7, 4, 6)):
     made = make_qkv(shape, dtype)
     return [LAYOUTS[layout](x) for x in made] if layout else made
@@ -36,20 +46,23 @@ def tensors(dtype, layout, shape=(1, 2, 5, 7, 4, 6)):
 def test_linear_attn(layout, dtype, options):
     q, k, v, _ = tensors(dtype, layout)
     op = torch.ops.fbila.linear_attn.default
-    opcheck(op, (q, k, v, *options))
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    opcheck(op, (*leaves, *options))
-    opcheck(op, (q, k.detach(), v.detach(), *options))
+    keys = key_options(dtype)
+    opcheck(op, (q, k, v, *keys, *options))
+    leaves = [x.requires_grad_() for x in (q, k, v, keys[0])]
+    opcheck(op, (*leaves, *keys[1:], *options))
+    opcheck(op, (q, k.detach(), v.detach(), *NO_KEY_OPTIONS, *options))
 
 
 @each_case
 def test_forward_and_backward(layout, dtype, options):
     q, k, v, do = tensors(dtype, layout)
-    opcheck(torch.ops.fbila.linear_attn_forward.default, (q, k, v, *options))
-    _, state, inverse = torch.ops.fbila.linear_attn_forward(q, k, v, *options)
     backward = torch.ops.fbila.linear_attn_backward.default
-    for needs_grad in ([True, True], [True, False], [False, True]):
-        opcheck(backward, (do, q, k, v, state, inverse, *options, needs_grad))
+    for keys in (NO_KEY_OPTIONS, key_options(dtype)):
+        inputs = (q, k, v, *keys)
+        opcheck(torch.ops.fbila.linear_attn_forward.default, (*inputs, *options))
+        _, state, inverse = torch.ops.fbila.linear_attn_forward(*inputs, *options)
+        for needs_grad in ([True, True], [True, False], [False, True]):
+            opcheck(backward, (do, *inputs, state, inverse, *options, needs_grad))
 
 
 @pytest.mark.parametrize(
@@ -60,11 +73,11 @@ def test_forward_and_backward(layout, dtype, options):
 def test_empty_inputs(shape):
     q, k, v, do = tensors(torch.float32, None, shape)
     options = OPTIONS["mean"]
-    opcheck(torch.ops.fbila.linear_attn.default, (q, k, v, *options))
-    opcheck(torch.ops.fbila.linear_attn_forward.default, (q, k, v, *options))
-    _, state, inverse = torch.ops.fbila.linear_attn_forward(q, k, v, *options)
+    opcheck(torch.ops.fbila.linear_attn.default, (q, k, v, *NO_KEY_OPTIONS, *options))
+    opcheck(torch.ops.fbila.linear_attn_forward.default, (q, k, v, *NO_KEY_OPTIONS, *options))
+    _, state, inverse = torch.ops.fbila.linear_attn_forward(q, k, v, *NO_KEY_OPTIONS, *options)
     backward = torch.ops.fbila.linear_attn_backward.default
-    opcheck(backward, (do, q, k, v, state, inverse, *options, [True, True]))
+    opcheck(backward, (do, q, k, v, *NO_KEY_OPTIONS, state, inverse, *options, [True, True]))
 
 
 @pytest.mark.parametrize("layout", [None, "token_major", "packed_qkv", "token_contiguous"])
@@ -75,11 +88,17 @@ def test_fakes_return_the_strides_of_the_real_ones(layout):
     def results(do, q, k, v):
         # Inference mode goes below autograd, straight to the implementation or the fake.
         with torch.inference_mode():
-            o = torch.ops.fbila.linear_attn(q, k, v, *options)
-            o2, state, inverse = torch.ops.fbila.linear_attn_forward(q, k, v, *options)
+            o = torch.ops.fbila.linear_attn(q, k, v, *NO_KEY_OPTIONS, *options)
+            o2, state, inverse = torch.ops.fbila.linear_attn_forward(
+                q, k, v, *NO_KEY_OPTIONS, *options
+            )
             backward = torch.ops.fbila.linear_attn_backward
-            gradients = backward(do, q, k, v, state, inverse, *options, [True, True])
-        return [(x.shape, x.stride(), x.dtype, x.device) for x in (o, o2, state, inverse, *gradients)]
+            gradients = backward(
+                do, q, k, v, *NO_KEY_OPTIONS, state, inverse, *options, [True, True]
+            )
+        return [
+            (x.shape, x.stride(), x.dtype, x.device) for x in (o, o2, state, inverse, *gradients)
+        ]
 
     real = results(made[3], *made[:3])
     with FakeTensorMode() as mode:
@@ -90,7 +109,7 @@ def test_fakes_return_the_strides_of_the_real_ones(layout):
 def test_several_tiles_and_splits():
     for shape in ((1, 1, 3, 5, 140, 70), (1, 1, 600, 530, 4, 4)):
         q, k, v, _ = tensors(torch.float32, None, shape)
-        opcheck(torch.ops.fbila.linear_attn.default, (q, k, v, *OPTIONS["mean"]))
+        opcheck(torch.ops.fbila.linear_attn.default, (q, k, v, *NO_KEY_OPTIONS, *OPTIONS["mean"]))
 
 
 @pytest.mark.parametrize(
@@ -104,6 +123,8 @@ def test_several_tiles_and_splits():
 )
 def test_public_functions_are_this_operator(variant, options):
     q, k, v, do = tensors(torch.float32, None)
-    expected = run(lambda *x: torch.ops.fbila.linear_attn(*x, *options), q, k, v, do)
+    expected = run(
+        lambda *x: torch.ops.fbila.linear_attn(*x, *NO_KEY_OPTIONS, *options), q, k, v, do
+    )
     for x, y in zip(run(variant, q, k, v, do), expected, strict=True):
         assert torch.equal(x, y)

@@ -80,12 +80,7 @@ def test_both(function, impl, args, options, error, message, launches):
 # What the kernels do not compute yet: refused, whether triton is asked for or chosen by device.
 UNAVAILABLE = [
     ((Q, K_Q, V_Q), {"rotary": (COS, COS)}, "rotary is not implemented by the Triton kernels yet"),
-    ((Q, K, V), {"key_mask": MASK}, "pass impl='reference', or key_mask=None"),
-    ((Q, K, V), {"key_weight": x(2, 7)}, "pass impl='reference', or key_weight=None"),
     ((P, P, P), {"cu_seqlens": ENDS}, "pass impl='reference', or cu_seqlens=None"),
-    ((Q, K[:, :1], V[:, :1]), {}, "q.shape[1]=3 and k.shape[1]=1"),
-    ((Q, K, V), {"feature_map": "exp"}, "feature_map='exp' is not implemented by the Triton"),
-    ((Q, K, V), {"feature_map": "relu_offset"}, "pass feature_map=None"),
 ]
 
 
@@ -112,11 +107,3 @@ def test_unavailable_functions(launches):
         with pytest.raises(NotImplementedError, match=f"{name} is not implemented by the Triton"):
             call()
     assert launches == []
-
-
-def test_the_way_out_for_grouped_heads_works():
-    q, k, v = x(2, 6, 5, 4), K, V
-    with pytest.raises(NotImplementedError, match=r"k\.repeat_interleave\(2, dim=1\)"):
-        linear_attn(q, k, v, impl="triton")
-    k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))
-    assert linear_attn(q, k, v, impl="triton").shape == (2, 6, 5, 6)

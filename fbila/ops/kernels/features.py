@@ -15,6 +15,10 @@ def feature(x, FEATURE_MAP: tl.constexpr):
     elif FEATURE_MAP == "relu":
         # Written with x < 0 so that NaN passes through, as it does in torch.relu.
         return tl.where(x < 0, 0.0, x)
+    elif FEATURE_MAP == "relu_offset":
+        return tl.where(x < 0, 0.0, x) + 1e-6
+    elif FEATURE_MAP == "exp":
+        return exp(x)
     else:
         return x
 
@@ -31,7 +35,7 @@ def exp(x):
 
 @triton.jit
 def feature_gradient(dphi, phi, FEATURE_MAP: tl.constexpr):
-    """dphi * phi'(x), from `phi` = phi(x): both maps tell their slope by their value.
+    """dphi * phi'(x), from `phi` = phi(x): all maps tell their slope by their value.
 
     A select, not a product, where phi' is 0: 0 * inf would be NaN. A NaN in x leaves relu's
     dphi as it is, as in PyTorch.
@@ -40,5 +44,9 @@ def feature_gradient(dphi, phi, FEATURE_MAP: tl.constexpr):
         return dphi * tl.minimum(phi, 1.0, propagate_nan=tl.PropagateNan.ALL)
     elif FEATURE_MAP == "relu":
         return tl.where(phi <= 0, 0.0, dphi)
+    elif FEATURE_MAP == "relu_offset":
+        return tl.where(phi <= 1e-6, 0.0, dphi)
+    elif FEATURE_MAP == "exp":
+        return dphi * phi
     else:
         return dphi

@@ -3,7 +3,7 @@
 For x = q with y = do, and for x = k with y = v and the state's gradient in the state's place:
 
     dq_i = (g_i / d_i + dd_i z') * phi'(q_i)     g_i = do_i S'^T,  dd_i = -(phi(q_i) . g_i) / d_i^2
-    dk_j = (g_j + dz) * phi'(k_j)                g_j = v_j dS^T
+    dk_j = w_j (g_j + dz) * phi'(k_j)            g_j = v_j dS^T,  dw_j = phi(k_j) . (g_j + dz)
 
 With `inverse` (1 / d_i, from the forward pass) it is the first, and dz' = sum_i dd_i phi(q_i) is
 summed on the way; without it, the second. `grad_query` and `grad_key` do this and the rest in one
@@ -22,9 +22,11 @@ from .memory import Axes, Layout
 from .tiles import (
     column_operand,
     head_offset,
+    key_rows,
     load_key_sum,
     load_pair,
     load_state,
+    mean_factor,
     pair_offset,
     scaled_product,
     store_key_sum,
@@ -38,10 +40,11 @@ from .tiling import Tiling
 
 @kernel
 def grad_feature_kernel(
-    x, y, state, inverse, dx, partial,
+    x, y, state, inverse, count, weight, mask, dx, dweight, partial,
     stride_xb: "i64", stride_xh: "i64", stride_xn: "i64", stride_xd: "i64",
     stride_yb: "i64", stride_yh: "i64", stride_yn: "i64", stride_yd: "i64",
     stride_gb: "i64", stride_gh: "i64", stride_gn: "i64", stride_gd: "i64",
+    stride_wb: "i64", stride_wh: "i64", stride_wn: "i64", stride_mb: "i64", stride_mn: "i64",
     factor: "fp64",
     H: "i32", group: "i32", N: "i32", chunk: "i32", splits: "i32",
     K: tl.constexpr, V: tl.constexpr,
@@ -56,7 +59,12 @@ def grad_feature_kernel(
     i_bsh = tl.program_id(0).to(tl.int64)
     i_b, i_s, i_h = i_bsh // H // splits, i_bsh // H % splits, i_bsh % H
     i_bh = i_b * H + i_h
-    factor = tl.full((), factor, ACC)
+    factor = mean_factor(factor, count, i_b, ACC)
+    if weight is not None:
+        weight += i_b * stride_wb + i_h * stride_wh
+        dweight += i_bh * N
+    if mask is not None:
+        mask += i_b * stride_mb
 
     x += head_offset(i_b, i_h, stride_xb, stride_xh, ORDER_X, UNIT)
     y += head_offset(i_b, i_h, stride_yb, stride_yh, ORDER_Y, UNIT)
@@ -88,17 +96,18 @@ def grad_feature_kernel(
     for i_n in range(start, end, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N)
         m_n = o_n < end
+        m_x = key_rows(mask, o_n, m_n, stride_mn)
         p_x = x + token_offset(i_n, stride_xn, ORDER_X, UNIT)
         p_y = y + token_offset(i_n, stride_yn, ORDER_Y, UNIT)
         p_g = dx + token_offset(i_n, stride_gn, ORDER_G, UNIT)
-        b_x0, b_x1 = load_pair(p_x, o_x0, o_x1, m_n, 0, K, K0, K1)
+        b_x0, b_x1 = load_pair(p_x, o_x0, o_x1, m_x, 0, K, K0, K1)
 
         b_g0 = tl.zeros((BLOCK_N, K0), dtype=ACC)
         b_g1 = b_g0
         if K1 > 0:
             b_g1 = tl.zeros((BLOCK_N, K1), dtype=ACC)
         if GROUPS == 1:
-            b_y0, b_y1 = load_pair(p_y, o_y0, o_y1, m_n, 0, V, V0, V1)
+            b_y0, b_y1 = load_pair(p_y, o_y0, o_y1, m_x, 0, V, V0, V1)
             b_g0 = scaled_product(b_y0, tl.trans(b_s00), b_g0, s_scale, PRECISION)
             if V1 > 0:
                 b_g0 = scaled_product(b_y1, tl.trans(b_s01), b_g0, s_scale, PRECISION)
@@ -109,7 +118,7 @@ def grad_feature_kernel(
         else:
             for j in range(GROUPS):
                 c_o = tile_offset(stride_yn, stride_yd, j * V0, BLOCK_N, V0, ORDER_Y, UNIT)
-                c_y = tl.load(p_y + c_o, mask=tile_mask(m_n, j * V0, V, V0), other=0.0)
+                c_y = tl.load(p_y + c_o, mask=tile_mask(m_x, j * V0, V, V0), other=0.0)
                 c_s0, _, c_s1, _, c_scale = load_state(
                     state, factor, j * V0, K, V, K0, K1, V0, 0, dtype
                 )
@@ -147,10 +156,20 @@ def grad_feature_kernel(
             b_g0 += b_z0[None, :]
             if K1 > 0:
                 b_g1 += b_z1[None, :]
+        if weight is not None:
+            b_dw = tl.sum(b_f0 * b_g0, 1)
+            if K1 > 0:
+                b_dw += tl.sum(b_f1 * b_g1, 1)
+            tl.store(dweight + o_n, tl.where(m_x, b_dw, 0.0), mask=m_n)
+            b_w = tl.load(weight + o_n.to(tl.int64) * stride_wn, mask=m_x, other=0.0).to(ACC)
+            b_g0, b_g1 = b_g0 * b_w[:, None], b_g1 * b_w[:, None]
         b_dx0 = feature_gradient(b_g0, b_f0, FEATURE_MAP)
         b_dx1 = b_dx0
         if K1 > 0:
             b_dx1 = feature_gradient(b_g1, b_f1, FEATURE_MAP)
+        if mask is not None:
+            b_dx0 = tl.where(m_x[:, None], b_dx0, 0.0)
+            b_dx1 = tl.where(m_x[:, None], b_dx1, 0.0)
         store_pair(p_g, b_dx0, b_dx1, o_g0, o_g1, m_n, 0, K, K0, K1)
 
     if partial is not None:
@@ -163,6 +182,8 @@ def plan_grad_feature(
     x: Axes,
     y: Axes,
     dx: Axes,
+    weight: tuple[int, ...],
+    mask: tuple[int, ...],
     group: int,
     chunk: int,
     dtype: torch.dtype,
@@ -178,7 +199,7 @@ def plan_grad_feature(
     return Launch(
         grad_feature_kernel,
         (B * H * splits, 1),
-        (*layout.strides, factor, H, group, N, chunk, splits),
+        (*layout.strides, *weight, *mask, factor, H, group, N, chunk, splits),
         {
             "K": K,
             "V": V,
@@ -204,19 +225,29 @@ def launch_grad_feature(
     x: torch.Tensor,
     y: torch.Tensor,
     state: torch.Tensor,
-    inverse: torch.Tensor | None,
     dx: torch.Tensor,
-    partial: torch.Tensor | None,
     chunk: int,
     feature_map: str,
     normalize: bool,
     factor: float,
+    *,
+    inverse: torch.Tensor | None = None,
+    partial: torch.Tensor | None = None,
+    count: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    dweight: torch.Tensor | None = None,
 ) -> None:
-    """Fill `dx`, and z' in `partial` `(B * H, splits, K * V + K)` for every `chunk` of tokens."""
+    """Fill `dx`, and z' in `partial` `(B * H, splits, K * V + K)` for every `chunk` of tokens.
+
+    The rest is as for `launch_grad_query` and `launch_grad_key`.
+    """
     launch = plan_grad_feature(
         Axes(x.shape, x.stride()),
         Axes(y.shape, y.stride()),
         Axes(dx.shape, dx.stride()),
+        (0, 0, 0) if weight is None else weight.stride(),
+        (0, 0) if mask is None else mask.stride(),
         x.shape[0] * x.shape[1] // state.shape[0],
         chunk,
         x.dtype,
@@ -224,4 +255,4 @@ def launch_grad_feature(
         normalize,
         factor,
     )
-    launch(x, y, state, inverse, dx, partial)
+    launch(x, y, state, inverse, count, weight, mask, dx, dweight, partial)

@@ -1,7 +1,8 @@
-"""Backward, the key's half: one pass over k and v gives dk and dv.
+"""Backward, the key's half: one pass over k and v gives dk, dv and dw.
 
-    dv_j      = phi(k_j) dS
-    dphi(k_j) = v_j dS^T + dz         dk_j = dphi(k_j) * phi'(k_j)
+    dv_j      = w_j phi(k_j) dS
+    dphi(k_j) = v_j dS^T + dz         dk_j = w_j dphi(k_j) * phi'(k_j)
+                                      dw_j = dphi(k_j) . phi(k_j)
 
 dS and dz come scaled (the gradient of S' and z'); the factor that scaled S is applied here. Where
 dS is too large for one program, `output` makes dv, with k for queries, and `grad_feature` dk.
@@ -19,9 +20,11 @@ from .memory import Axes, Layout
 from .output import launch_output
 from .tiles import (
     head_offset,
+    key_rows,
     load_key_sum,
     load_pair,
     load_state,
+    mean_factor,
     pair_offset,
     product,
     scaled_product,
@@ -33,11 +36,12 @@ from .tiling import Tiling
 
 @kernel
 def grad_key_kernel(
-    k, v, dstate, dk, dv,
+    k, v, dstate, count, weight, mask, dk, dv, dweight,
     stride_kb: "i64", stride_kh: "i64", stride_km: "i64", stride_kd: "i64",
     stride_vb: "i64", stride_vh: "i64", stride_vm: "i64", stride_vd: "i64",
     stride_fb: "i64", stride_fh: "i64", stride_fm: "i64", stride_fd: "i64",
     stride_gb: "i64", stride_gh: "i64", stride_gm: "i64", stride_gd: "i64",
+    stride_wb: "i64", stride_wh: "i64", stride_wm: "i64", stride_mb: "i64", stride_mm: "i64",
     factor: "fp64",
     H: "i32", M: "i32", run: "i32", runs: "i32",
     K: tl.constexpr, V: tl.constexpr,
@@ -49,7 +53,12 @@ def grad_key_kernel(
 ):  # fmt: skip
     i_brh = tl.program_id(0).to(tl.int64)
     i_b, i_r, i_h = i_brh // H // runs, i_brh // H % runs, i_brh % H
-    factor = tl.full((), factor, ACC)
+    factor = mean_factor(factor, count, i_b, ACC)
+    if weight is not None:
+        weight += i_b * stride_wb + i_h * stride_wh
+        dweight += (i_b * H + i_h) * M
+    if mask is not None:
+        mask += i_b * stride_mb
 
     k += head_offset(i_b, i_h, stride_kb, stride_kh, ORDER_K, UNIT)
     v += head_offset(i_b, i_h, stride_vb, stride_vh, ORDER_V, UNIT)
@@ -71,9 +80,11 @@ def grad_key_kernel(
 
     start = i_r.to(tl.int32) * run
     for i_m in range(start, tl.minimum(start + run, M), BLOCK_M):
-        m_m = i_m + tl.arange(0, BLOCK_M) < M
+        o_m = i_m + tl.arange(0, BLOCK_M)
+        m_m = o_m < M
+        m_k = key_rows(mask, o_m, m_m, stride_mm)
         b_k0, b_k1 = load_pair(
-            k + token_offset(i_m, stride_km, ORDER_K, UNIT), o_k0, o_k1, m_m, 0, K, K0, K1
+            k + token_offset(i_m, stride_km, ORDER_K, UNIT), o_k0, o_k1, m_k, 0, K, K0, K1
         )
         p_v = v + token_offset(i_m, stride_vm, ORDER_V, UNIT)
         b_f0 = feature(b_k0.to(ACC), FEATURE_MAP)
@@ -90,18 +101,23 @@ def grad_key_kernel(
                 b_dv1 = product(b_a1, b_s11, b_dv1, PRECISION)
         if dtype == tl.float16:
             b_dv0, b_dv1 = b_dv0 * s_scale, b_dv1 * s_scale
+        if weight is not None:
+            b_w = tl.load(weight + o_m.to(tl.int64) * stride_wm, mask=m_k, other=0.0).to(ACC)
+            b_dv0, b_dv1 = b_dv0 * b_w[:, None], b_dv1 * b_w[:, None]
+        if mask is not None:
+            b_dv0 = tl.where(m_k[:, None], b_dv0, 0.0)
+            b_dv1 = tl.where(m_k[:, None], b_dv1, 0.0)
         p_g = dv + token_offset(i_m, stride_gm, ORDER_G, UNIT)
         store_pair(p_g, b_dv0, b_dv1, o_g0, o_g1, m_m, 0, V, V0, V1)
 
-        b_v0, b_v1 = load_pair(p_v, o_v0, o_v1, m_m, 0, V, V0, V1)
+        b_v0, b_v1 = load_pair(p_v, o_v0, o_v1, m_k, 0, V, V0, V1)
         b_df0 = tl.zeros((BLOCK_M, K0), dtype=ACC)
         b_df0 = scaled_product(b_v0, tl.trans(b_s00), b_df0, s_scale, PRECISION)
         if V1 > 0:
             b_df0 = scaled_product(b_v1, tl.trans(b_s01), b_df0, s_scale, PRECISION)
         if NORMALIZE:
             b_df0 += b_z0[None, :]
-        b_dk0 = feature_gradient(b_df0, b_f0, FEATURE_MAP)
-        b_dk1 = b_dk0
+        b_df1 = b_df0
         if K1 > 0:
             b_df1 = tl.zeros((BLOCK_M, K1), dtype=ACC)
             b_df1 = scaled_product(b_v0, tl.trans(b_s10), b_df1, s_scale, PRECISION)
@@ -109,7 +125,19 @@ def grad_key_kernel(
                 b_df1 = scaled_product(b_v1, tl.trans(b_s11), b_df1, s_scale, PRECISION)
             if NORMALIZE:
                 b_df1 += b_z1[None, :]
+        if weight is not None:
+            b_dw = tl.sum(b_f0 * b_df0, 1)
+            if K1 > 0:
+                b_dw += tl.sum(b_f1 * b_df1, 1)
+            tl.store(dweight + o_m, tl.where(m_k, b_dw, 0.0), mask=m_m)
+            b_df0, b_df1 = b_df0 * b_w[:, None], b_df1 * b_w[:, None]
+        b_dk0 = feature_gradient(b_df0, b_f0, FEATURE_MAP)
+        b_dk1 = b_dk0
+        if K1 > 0:
             b_dk1 = feature_gradient(b_df1, b_f1, FEATURE_MAP)
+        if mask is not None:
+            b_dk0 = tl.where(m_k[:, None], b_dk0, 0.0)
+            b_dk1 = tl.where(m_k[:, None], b_dk1, 0.0)
         p_f = dk + token_offset(i_m, stride_fm, ORDER_F, UNIT)
         store_pair(p_f, b_dk0, b_dk1, o_f0, o_f1, m_m, 0, K, K0, K1)
 
@@ -120,6 +148,8 @@ def plan_grad_key(
     v: Axes,
     dk: Axes,
     dv: Axes,
+    weight: tuple[int, ...],
+    mask: tuple[int, ...],
     dtype: torch.dtype,
     feature_map: str,
     normalize: bool,
@@ -133,7 +163,7 @@ def plan_grad_key(
     return Launch(
         grad_key_kernel,
         (B * H * runs, 1),
-        (*layout.strides, factor, H, M, run, runs),
+        (*layout.strides, *weight, *mask, factor, H, M, run, runs),
         {
             "K": K,
             "V": V,
@@ -164,23 +194,38 @@ def launch_grad_key(
     feature_map: str,
     normalize: bool,
     factor: float,
+    *,
+    count: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    dweight: torch.Tensor | None = None,
 ) -> None:
-    """Fill `dk` and `dv` from the gradient `dstate` of the scaled state."""
+    """Fill `dk`, `dv` and, with `weight`, `dweight` `(B, H, M)` from the scaled state's gradient.
+
+    `factor` and `count` are as for `launch_output`, `weight` and `mask` as for `launch_state`.
+    """
     B, H, M, K = k.shape
     V = v.shape[-1]
     if Tiling.of("grad_key", k.dtype, K, V).groups > 1:
-        launch_output(k, dstate, dv, None, feature_map, False, factor, 0.0)
+        launch_output(
+            k, dstate, dv, feature_map, False, factor, 0.0, count=count, weight=weight, mask=mask
+        )
         chunk, _ = Tiling.of("grad_feature", k.dtype, K, V).run(B * H, M)
-        launch_grad_feature(k, v, dstate, None, dk, None, chunk, feature_map, normalize, factor)
+        launch_grad_feature(
+            k, v, dstate, dk, chunk, feature_map, normalize, factor,
+            count=count, weight=weight, mask=mask, dweight=dweight,
+        )  # fmt: skip
         return
     launch = plan_grad_key(
         Axes(k.shape, k.stride()),
         Axes(v.shape, v.stride()),
         Axes(dk.shape, dk.stride()),
         Axes(dv.shape, dv.stride()),
+        (0, 0, 0) if weight is None else weight.stride(),
+        (0, 0) if mask is None else mask.stride(),
         k.dtype,
         feature_map,
         normalize,
         factor,
     )
-    launch(k, v, dstate, dk, dv)
+    launch(k, v, dstate, count, weight, mask, dk, dv, dweight)

@@ -27,6 +27,7 @@ from .tiles import (
     load_key_sum,
     load_pair,
     load_state,
+    mean_factor,
     operand_scale,
     pair_offset,
     peak,
@@ -42,7 +43,7 @@ from .tiling import Tiling
 
 @kernel
 def grad_query_kernel(
-    q, do, state, inverse, dq, partial,
+    q, do, state, inverse, count, dq, partial,
     stride_qb: "i64", stride_qh: "i64", stride_qn: "i64", stride_qd: "i64",
     stride_ob: "i64", stride_oh: "i64", stride_on: "i64", stride_od: "i64",
     stride_gb: "i64", stride_gh: "i64", stride_gn: "i64", stride_gd: "i64",
@@ -59,7 +60,7 @@ def grad_query_kernel(
     i_bsh = tl.program_id(0).to(tl.int64)
     i_b, i_s, i_h = i_bsh // H // splits, i_bsh // H % splits, i_bsh % H
     i_bh = i_b * H + i_h
-    factor = tl.full((), factor, ACC)
+    factor = mean_factor(factor, count, i_b, ACC)
 
     q += head_offset(i_b, i_h, stride_qb, stride_qh, ORDER_Q, UNIT)
     do += head_offset(i_b, i_h, stride_ob, stride_oh, ORDER_O, UNIT)
@@ -208,19 +209,22 @@ def launch_grad_query(
     do: torch.Tensor,
     state: torch.Tensor,
     inverse: torch.Tensor | None,
+    count: torch.Tensor | None,
     dq: torch.Tensor,
     feature_map: str,
     factor: float,
 ) -> torch.Tensor:
     """Fill `dq` and return the gradient `(B * Hk, K * V + K)` of the scaled state (S', z').
 
-    `inverse` `(B, H, N)` is what the forward pass wrote, or None without a denominator.
+    `inverse` `(B, H, N)` is what the forward pass wrote, or None without a denominator; `factor`
+    and `count` are as for `launch_output`.
     """
     if Tiling.of("grad_query", q.dtype, q.shape[-1], do.shape[-1]).wide:
-        chunk, partial = launch_partial_state(q, do, inverse, feature_map, sum_keys=False)
+        chunk, partial = launch_partial_state(q, do, inverse, None, feature_map, sum_keys=False)
         launch_grad_feature(
-            q, do, state, inverse, dq, partial, chunk, feature_map, inverse is not None, factor
-        )
+            q, do, state, dq, chunk, feature_map, inverse is not None, factor,
+            inverse=inverse, count=count, partial=partial,
+        )  # fmt: skip
     else:
         launch, shape, dtype = plan_grad_query(
             Axes(q.shape, q.stride()),
@@ -233,6 +237,6 @@ def launch_grad_query(
             factor,
         )
         partial = q.new_empty(shape, dtype=dtype)
-        launch(q, do, state, inverse, dq, partial)
+        launch(q, do, state, inverse, count, dq, partial)
     # The query heads that share a key head lie side by side.
     return sum_splits(partial.view(state.shape[0], -1, partial.shape[-1]))

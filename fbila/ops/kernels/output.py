@@ -3,6 +3,7 @@
 q `(B, H, N, K)`, state `(B * Hk, K * V + K)` -> o `(B, H, N, V)`. S' and z' are S and z times a
 factor (1/M, or the scale), applied in the accumulation type before S' is rounded. Where the
 backward pass will need it, 1 / (phi(q_i) . z' + eps) is written too, one number a token and head.
+With k for q and dS for S it makes dv of wide heads; `weight` and `mask` are the keys' then.
 """
 
 from functools import lru_cache
@@ -16,9 +17,11 @@ from .memory import Axes, Layout
 from .tiles import (
     column_operand,
     head_offset,
+    key_rows,
     load_key_sum,
     load_pair,
     load_state,
+    mean_factor,
     pair_offset,
     product,
     store_pair,
@@ -29,23 +32,31 @@ from .tiling import Tiling
 
 @kernel
 def output_kernel(
-    q, state, o, inverse,
+    q, state, o, inverse, count, weight, mask,
     stride_qb: "i64", stride_qh: "i64", stride_qn: "i64", stride_qd: "i64",
     stride_ob: "i64", stride_oh: "i64", stride_on: "i64", stride_od: "i64",
+    stride_wb: "i64", stride_wh: "i64", stride_wn: "i64", stride_mb: "i64", stride_mn: "i64",
     factor: "fp64", eps: "fp64",
     H: "i32", group: "i32", N: "i32", run: "i32", runs: "i32",
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_N: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     ORDER_Q: tl.constexpr, ORDER_O: tl.constexpr, UNIT: tl.constexpr, SAME: tl.constexpr,
-    FEATURE_MAP: tl.constexpr, NORMALIZE: tl.constexpr,
+    FEATURE_MAP: tl.constexpr, NORMALIZE: tl.constexpr, MEAN: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Heads fastest, as in `state_kernel`.
     i_brh = tl.program_id(0).to(tl.int64)
     i_b, i_r, i_h = i_brh // H // runs, i_brh // H % runs, i_brh % H
     first_v = tl.program_id(1) * (V0 + V1)
-    factor = tl.full((), factor, ACC)
+    factor = mean_factor(factor, count if MEAN else None, i_b, ACC)
     eps = tl.full((), eps, ACC)
+    if count is not None:
+        # No keys, no output: 0, not 0 / 0 where eps = 0.
+        eps = tl.where(tl.load(count + i_b) == 0, 1.0, eps)
+    if weight is not None:
+        weight += i_b * stride_wb + i_h * stride_wh
+    if mask is not None:
+        mask += i_b * stride_mb
 
     q += head_offset(i_b, i_h, stride_qb, stride_qh, ORDER_Q, UNIT)
     o += head_offset(i_b, i_h, stride_ob, stride_oh, ORDER_O, UNIT)
@@ -104,6 +115,13 @@ def output_kernel(
             b_o0, b_o1 = b_o0 * b_inv[:, None], b_o1 * b_inv[:, None]
         elif dtype == tl.float16:
             b_o0, b_o1 = b_o0 * s_scale, b_o1 * s_scale
+        if weight is not None:
+            b_w = tl.load(weight + o_n.to(tl.int64) * stride_wn, mask=m_n, other=0.0).to(ACC)
+            b_o0, b_o1 = b_o0 * b_w[:, None], b_o1 * b_w[:, None]
+        if mask is not None:
+            m_k = key_rows(mask, o_n, m_n, stride_mn)
+            b_o0 = tl.where(m_k[:, None], b_o0, 0.0)
+            b_o1 = tl.where(m_k[:, None], b_o1, 0.0)
         store_pair(p_o, b_o0, b_o1, o_o0, o_o1, m_n, first_v, V, V0, V1)
 
 
@@ -111,10 +129,13 @@ def output_kernel(
 def plan_output(
     q: Axes,
     o: Axes,
+    weight: tuple[int, ...],
+    mask: tuple[int, ...],
     group: int,
     dtype: torch.dtype,
     feature_map: str,
     normalize: bool,
+    mean: bool,
     factor: float,
     eps: float,
 ) -> Launch:
@@ -126,7 +147,7 @@ def plan_output(
     return Launch(
         output_kernel,
         (B * H * runs, tiling.groups),
-        (*layout.strides, factor, eps, H, group, N, run, runs),
+        (*layout.strides, *weight, *mask, factor, eps, H, group, N, run, runs),
         {
             "K": K,
             "V": V,
@@ -138,6 +159,7 @@ def plan_output(
             "SAME": layout.same and tiling.uniform,
             "FEATURE_MAP": feature_map,
             "NORMALIZE": normalize,
+            "MEAN": mean,
             "ACC": Tiling.acc(dtype),
             "PRECISION": tiling.precision,
         },
@@ -150,21 +172,34 @@ def launch_output(
     q: torch.Tensor,
     state: torch.Tensor,
     o: torch.Tensor,
-    inverse: torch.Tensor | None,
     feature_map: str,
     normalize: bool,
     factor: float,
     eps: float,
+    *,
+    inverse: torch.Tensor | None = None,
+    count: torch.Tensor | None = None,
+    mean: bool = True,
+    weight: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
 ) -> None:
-    """Fill `o`, and `inverse` `(B, H, N)` where given; `factor` scales S and z before `eps`."""
+    """Fill `o`, and `inverse` `(B, H, N)` where given.
+
+    S and z are scaled by `factor`, or with `mean` by 1 / `count` `(B,)` where that is given, before
+    `eps` is added. Where the count is 0, o is. Rows of o are multiplied by `weight` `(B, H, N)`,
+    and 0 where `mask` `(B, N)` is False.
+    """
     launch = plan_output(
         Axes(q.shape, q.stride()),
         Axes(o.shape, o.stride()),
+        (0, 0, 0) if weight is None else weight.stride(),
+        (0, 0) if mask is None else mask.stride(),
         q.shape[0] * q.shape[1] // state.shape[0],
         q.dtype,
         feature_map,
         normalize,
+        mean,
         factor,
         eps,
     )
-    launch(q, state, o, inverse)
+    launch(q, state, o, inverse, count, weight, mask)

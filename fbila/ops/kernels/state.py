@@ -18,6 +18,7 @@ from .launch import Launch, kernel
 from .memory import Axes, Layout
 from .tiles import (
     head_offset,
+    key_rows,
     load_pair,
     operand_scale,
     pair_offset,
@@ -33,10 +34,10 @@ from .tiling import Tiling
 
 @kernel
 def state_kernel(
-    k, v, weight, partial,
+    k, v, weight, mask, partial,
     stride_kb: "i64", stride_kh: "i64", stride_km: "i64", stride_kd: "i64",
     stride_vb: "i64", stride_vh: "i64", stride_vm: "i64", stride_vd: "i64",
-    stride_wb: "i64", stride_wh: "i64", stride_wm: "i64",
+    stride_wb: "i64", stride_wh: "i64", stride_wm: "i64", stride_mb: "i64", stride_mm: "i64",
     H: "i32", M: "i32", chunk: "i32", splits: "i32",
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
@@ -52,6 +53,8 @@ def state_kernel(
     v += head_offset(i_b, i_h, stride_vb, stride_vh, ORDER_V, UNIT)
     if weight is not None:
         weight += i_b * stride_wb + i_h * stride_wh
+    if mask is not None:
+        mask += i_b * stride_mb
     first_v = tl.program_id(1) * (V0 + V1)
     o_k0, o_k1 = pair_offset(stride_km, stride_kd, 0, BLOCK_M, K0, K1, ORDER_K, UNIT)
     if SAME:
@@ -78,7 +81,7 @@ def state_kernel(
     end = tl.minimum(start + chunk, M)
     for i_m in range(start, end, BLOCK_M):
         o_m = i_m + tl.arange(0, BLOCK_M)
-        m_m = o_m < end
+        m_m = key_rows(mask, o_m, o_m < end, stride_mm)
         p_k = k + token_offset(i_m, stride_km, ORDER_K, UNIT)
         p_v = v + token_offset(i_m, stride_vm, ORDER_V, UNIT)
         b_k0, b_k1 = load_pair(p_k, o_k0, o_k1, m_m, 0, K, K0, K1)
@@ -175,6 +178,7 @@ def plan_state(
     k: Axes,
     v: Axes,
     weight: tuple[int, ...],
+    mask: tuple[int, ...],
     dtype: torch.dtype,
     feature_map: str,
     sum_keys: bool,
@@ -188,7 +192,7 @@ def plan_state(
     launch = Launch(
         state_kernel,
         (B * H * splits, tiling.groups),
-        (*layout.strides, *weight, H, M, chunk, splits),
+        (*layout.strides, *weight, *mask, H, M, chunk, splits),
         {
             "K": K,
             "V": V,
@@ -213,29 +217,36 @@ def launch_partial_state(
     k: torch.Tensor,
     v: torch.Tensor,
     weight: torch.Tensor | None,
+    mask: torch.Tensor | None,
     feature_map: str,
     *,
     sum_keys: bool,
 ) -> tuple[int, torch.Tensor]:
     """(chunk, partial sums `(B * H, splits, K * V + K)`), one for every `chunk` of tokens.
 
-    `weight` is `(B, H, M)`. z is left unwritten if not `sum_keys`.
+    `weight` is `(B, H, M)`, `mask` `(B, M)`, True where a key is there. z is left unwritten if not
+    `sum_keys`.
     """
     launch, chunk, shape, dtype = plan_state(
         Axes(k.shape, k.stride()),
         Axes(v.shape, v.stride()),
         (0, 0, 0) if weight is None else weight.stride(),
+        (0, 0) if mask is None else mask.stride(),
         k.dtype,
         feature_map,
         sum_keys,
     )
     partial = k.new_empty(shape, dtype=dtype)
-    launch(k, v, weight, partial)
+    launch(k, v, weight, mask, partial)
     return chunk, partial
 
 
 def launch_state(
-    k: torch.Tensor, v: torch.Tensor, weight: torch.Tensor | None, feature_map: str
+    k: torch.Tensor,
+    v: torch.Tensor,
+    weight: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    feature_map: str,
 ) -> torch.Tensor:
-    """State `(B * H, K * V + K)` of k and v, with `weight` `(B, H, M)` where it is given."""
-    return sum_splits(launch_partial_state(k, v, weight, feature_map, sum_keys=True)[1])
+    """State `(B * H, K * V + K)` of k and v, with `weight` and `mask` as above."""
+    return sum_splits(launch_partial_state(k, v, weight, mask, feature_map, sum_keys=True)[1])

@@ -84,6 +84,24 @@ def store_pair(
 
 
 @triton.jit
+def mean_factor(factor, count, i_b, ACC: tl.constexpr):
+    """What S and z are multiplied by: `factor`, or 1 / count where keys were masked."""
+    if count is None:
+        return tl.full((), factor, ACC)
+    else:
+        return 1.0 / tl.maximum(tl.load(count + i_b).to(ACC), 1.0)
+
+
+@triton.jit
+def key_rows(mask, o_m, m_m, stride_mm):
+    """The rows `m_m` that `mask` leaves, all of them where it is None."""
+    if mask is None:
+        return m_m
+    else:
+        return m_m & (tl.load(mask + o_m.to(tl.int64) * stride_mm, mask=m_m, other=0) != 0)
+
+
+@triton.jit
 def tile_mask(rows, first, X: tl.constexpr, WIDTH: tl.constexpr):
     return rows[:, None] & ((first + tl.arange(0, WIDTH)) < X)[None, :]
 

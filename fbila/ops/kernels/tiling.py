@@ -98,15 +98,20 @@ class Tiling:
         schedule = UNTUNED.get(dtype.itemsize) or next(
             s for s in SCHEDULES[kernel] if max(K, V) <= s.width
         )
+        groups = triton.cdiv(V, v0 + v1)
+        stages = schedule.num_stages
+        if kernel == "grad_feature" and groups > 1:
+            # S is loaded in turn there: pipelined, it would fill the shared memory.
+            stages = 1
         return Tiling(
             block_tokens=schedule.block_tokens,
             k0=k0,
             k1=k1,
             v0=v0,
             v1=v1,
-            groups=triton.cdiv(V, v0 + v1),
+            groups=groups,
             num_warps=schedule.num_warps,
-            num_stages=schedule.num_stages,
+            num_stages=stages,
             span=schedule.span,
             acc_dtype=torch.float64 if dtype == torch.float64 else torch.float32,
             # float32 means float32: tf32 would keep 10 bits of 23.
