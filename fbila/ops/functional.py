@@ -233,7 +233,7 @@ def kernel_keys(
     *,
     count: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """key_weight `(B, Hk, M)`, key_mask and, with `count`, the number of keys there, `(B,)`."""
+    """As the kernels take them: key_weight `(B, Hk, M)`, key_mask `(B, M)`, the count of keys."""
     dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
     if key_weight is not None:
         if key_mask is not None:
@@ -243,5 +243,8 @@ def kernel_keys(
         if key_weight.dim() == 2:
             key_weight = key_weight[:, None].expand(-1, k.shape[1], -1)
         key_weight = key_weight.to(dtype)
-    counted = key_mask.sum(-1, dtype=dtype) if count and key_mask is not None else None
-    return key_weight, key_mask, counted
+    if key_mask is None:
+        return key_weight, None, None
+    # In the width of k: a narrower load would change how Triton lays out the product's operands,
+    # and float64 then does not compile.
+    return key_weight, key_mask.to(k.dtype), key_mask.sum(-1, dtype=dtype) if count else None

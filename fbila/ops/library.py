@@ -3,7 +3,8 @@
 `fbila::linear_attn` is what users' graphs show; it is differentiable. `..._forward` and
 `..._backward` are the two passes it is made of, and are not. Both operators are one op here:
 `normalizer` is "mean", "sum" or, for simple_la, "none". float64 scalars stay float64. key_weight is
-`(B, Hk, M)`, key_mask `(B, M)` and count, the number of keys that it leaves, `(B,)`.
+`(B, Hk, M)`, key_mask `(B, M)` in the dtype of k, 0 where a key is absent, and count `(B,)` the
+number of keys that it leaves.
 
 The Triton kernels are imported at the first launch, so that importing fbila needs no triton.
 """

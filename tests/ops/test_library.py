@@ -33,7 +33,7 @@ NO_KEY_OPTIONS = (None, None, None)
 def key_options(dtype):
     """key_weight, key_mask and count for keys `(1, 2, 7, ...)`."""
     weight = torch.arange(14.0, device=DEVICE).reshape(1, 2, 7)
-    mask = torch.tensor([[True, False, True, True, True, False, True]], device=DEVICE)
+    mask = torch.tensor([[1, 0, 1, 1, 1, 0, 1]], dtype=dtype, device=DEVICE)
     return weight, mask, mask.sum(-1, dtype=torch.float32)
 
 

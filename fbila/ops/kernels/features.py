@@ -16,7 +16,7 @@ def feature(x, FEATURE_MAP: tl.constexpr):
         # Written with x < 0 so that NaN passes through, as it does in torch.relu.
         return tl.where(x < 0, 0.0, x)
     elif FEATURE_MAP == "relu_offset":
-        return tl.where(x < 0, 0.0, x) + 1e-6
+        return tl.where(x < 0, 0.0, x) + tl.full((), 1e-6, x.dtype)
     elif FEATURE_MAP == "exp":
         return exp(x)
     else:
@@ -45,7 +45,7 @@ def feature_gradient(dphi, phi, FEATURE_MAP: tl.constexpr):
     elif FEATURE_MAP == "relu":
         return tl.where(phi <= 0, 0.0, dphi)
     elif FEATURE_MAP == "relu_offset":
-        return tl.where(phi <= 1e-6, 0.0, dphi)
+        return tl.where(phi <= tl.full((), 1e-6, phi.dtype), 0.0, dphi)
     elif FEATURE_MAP == "exp":
         return dphi * phi
     else:

@@ -28,7 +28,7 @@ class Schedule(NamedTuple):
 SCHEDULES = {
     "state": (
         Schedule(32, 64, 2, 3, 2048),
-        Schedule(64, 32, 4, 3, 4096),
+        Schedule(64, 32, 4, 3, 2048),
         Schedule(80, 32, 2, 3, 4096),
         Schedule(128, 64, 8, 4, 4096),
         Schedule(256, 64, 8, 3, 8192),
