@@ -30,6 +30,11 @@ def linear_attn(q, k, v, key_weight, key_mask, count, *options):
     """`fbila::linear_attn`, straight away where nothing stands in between."""
     if not ordinary(q, k, v, key_weight):
         return torch.ops.fbila.linear_attn(q, k, v, key_weight, key_mask, count, *options)
+    return linear_attn_directly(q, k, v, key_weight, key_mask, count, *options)
+
+
+def linear_attn_directly(q, k, v, key_weight, key_mask, count, *options):
+    """`linear_attn` of `ordinary` tensors."""
     if torch.is_grad_enabled() and (
         q.requires_grad
         or k.requires_grad

@@ -21,6 +21,7 @@ from .option_checks import (
     check_shared_rotary,
 )
 from .reference import linear_attn_reference, simple_la_reference
+from .repeated import passed, remember, signature
 from .tensor_checks import check_tensors
 
 
@@ -91,6 +92,12 @@ def linear_attn(
         >>> linear_attn(q, k, v, feature_map="elu1").shape
         torch.Size([1, 2, 64, 16])
     """
+    call = None
+    if rotary is None and key_weight is None and key_mask is None and cu_seqlens is None:
+        call = signature(q, k, v, feature_map, normalizer, eps, impl)
+        if passed(call):
+            options = (feature_map or "none", normalizer, 1.0, eps)
+            return autograd.linear_attn_directly(q, k, v, None, None, None, *options)
     check_feature_map(feature_map)
     check_normalizer(normalizer, eps)
     q, k, v = cast_for_autocast(q, k, v)
@@ -105,6 +112,7 @@ def linear_attn(
             q, k, v, feature_map, normalizer, eps, tables, key_weight, key_mask, cu_seqlens
         )
     check_unavailable(rotary=rotary, cu_seqlens=cu_seqlens)
+    remember(call)
     keys = kernel_keys(k, key_weight, key_mask, count=True)
     return autograd.linear_attn(q, k, v, *keys, feature_map or "none", normalizer, 1.0, eps)
 

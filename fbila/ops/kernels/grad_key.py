@@ -4,8 +4,8 @@
     dphi(k_j) = v_j dS^T + dz         dk_j = w_j dphi(k_j) * phi'(k_j)
                                       dw_j = dphi(k_j) . phi(k_j)
 
-dS and dz come scaled (the gradient of S' and z'); the factor that scaled S is applied here. Where
-dS is too large for one program, `output` makes dv, with k for queries, and `grad_feature` dk.
+dS and dz come scaled (the gradient of S' and z'); the factor that scaled S is applied here. For
+wide heads `output` makes dv, with k for queries, and `grad_feature` dk and dw.
 """
 
 from functools import lru_cache
@@ -206,7 +206,7 @@ def launch_grad_key(
     """
     B, H, M, K = k.shape
     V = v.shape[-1]
-    if Tiling.of("grad_key", k.dtype, K, V).groups > 1:
+    if Tiling.of("grad_key", k.dtype, K, V).wide:
         launch_output(
             k, dstate, dv, feature_map, False, factor, 0.0, count=count, weight=weight, mask=mask
         )

@@ -29,6 +29,7 @@ class Launch:
     """A kernel with its grid and all its arguments but the tensors, which come first.
 
     numbers: the arguments after the tensors. constants: the `tl.constexpr` ones, last and in order.
+    The dtypes of the tensors must follow from what the launch was made for.
     """
 
     def __init__(
@@ -46,35 +47,29 @@ class Launch:
         self.constants = constants
         self.tail = (*numbers, *constants.values())
         self.options = {"num_warps": num_warps, "num_stages": num_stages}
-        self.key = (kernel, tuple(constants.items()), num_warps, num_stages)
+        # What Triton compiled, by device, missing tensors and alignment of the others.
+        self.compiled: dict[Any, Any] = {}
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         first = tensors[0]
         assert first is not None
-        if first.is_cuda:
-            index = first.get_device()
-            if index != torch._C._cuda_getDevice():
-                # Triton launches on the current device, which need not be the tensors' own.
-                with torch.cuda.device(index):
-                    return self(*tensors)
-            # Triton makes use of pointers that are multiples of 16 bytes.
-            pointers = tuple(None if x is None else x.data_ptr() for x in tensors)
-            known = (
-                self.key, index, *((x, p and p % 16 == 0) for x, p in zip(
-                    (None if x is None else x.dtype for x in tensors), pointers, strict=True)),
-            )  # fmt: skip
-            compiled = COMPILED.get(known)
-            if compiled is not None:
-                stream = torch._C._cuda_getCurrentRawStream(index)
-                compiled[self.grid](*pointers, *self.tail, stream=stream)
-                return None
-            COMPILED[known] = self.kernel[self.grid](
+        if not first.is_cuda:
+            self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
+            return
+        device = first.get_device()
+        if device != torch._C._cuda_getDevice():
+            # Triton launches on the current device, which need not be the tensors' own.
+            with torch.cuda.device(device):
+                self(*tensors)
+            return
+        pointers = [None if x is None else x.data_ptr() for x in tensors]
+        # Triton makes use of pointers that are multiples of 16 bytes.
+        key = (device, *[None if p is None else p % 16 == 0 for p in pointers])
+        compiled = self.compiled.get(key)
+        if compiled is None:
+            self.compiled[key] = self.kernel[self.grid](
                 *tensors, *self.numbers, **self.constants, **self.options
             )
-            return None
-        self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
-        return None
-
-
-# What Triton compiled, by everything that its machine code depends on.
-COMPILED: dict[Any, Any] = {}
+        else:
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            compiled[self.grid](*pointers, *self.tail, stream=stream)

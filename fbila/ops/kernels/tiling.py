@@ -9,8 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
+# The kernels that sum a state over tokens.
+SUMS = ("state", "grad_query")
 # The largest sum of outer products that one program keeps in registers, by bytes of an element.
 LARGEST_STATE = {2: 256 * 128, 4: 64 * 64, 8: 32 * 32}
+# The largest state that a program reads at once, which it keeps in shared memory.
+LARGEST_OPERAND = {2: 256 * 256, 4: 64 * 64, 8: 32 * 32}
 
 
 class Schedule(NamedTuple):
@@ -38,7 +42,8 @@ SCHEDULES = {
         Schedule(48, 128, 4, 3, 512),
         Schedule(80, 64, 4, 3, 256),
         Schedule(128, 64, 4, 4, 1024),
-        Schedule(256, 64, 4, 3, 2048),
+        Schedule(160, 64, 4, 3, 2048),
+        Schedule(256, 64, 4, 2, 2048),
     ),
     "grad_query": (
         Schedule(32, 64, 4, 4, 2048),
@@ -48,7 +53,8 @@ SCHEDULES = {
     "grad_feature": (
         Schedule(80, 32, 2, 3, 1024),
         Schedule(128, 64, 4, 2, 1024),
-        Schedule(256, 32, 4, 3, 1024),
+        Schedule(160, 32, 4, 3, 1024),
+        Schedule(256, 32, 8, 2, 2048),
     ),
     "grad_key": (
         Schedule(32, 128, 8, 3, 256),
@@ -56,7 +62,7 @@ SCHEDULES = {
         Schedule(64, 128, 8, 3, 256),
         Schedule(80, 64, 4, 3, 256),
         Schedule(128, 64, 4, 2, 1024),
-        Schedule(256, 128, 8, 2, 1024),
+        Schedule(256, 64, 4, 2, 1024),
     ),
 }
 # float32 and float64 are not tuned. With 32 tokens the ptxas of Triton 3.6 crashes on one of the
@@ -79,6 +85,7 @@ class Tiling:
     num_warps: int
     num_stages: int
     span: int
+    sums: bool
     acc_dtype: torch.dtype
     precision: str
 
@@ -92,7 +99,8 @@ class Tiling:
         if kernel == "state" and k0 == 128 and 0 < k1 < 64:
             # Warp-group products have 64 rows at least.
             k1 = 64
-        largest = LARGEST_STATE[dtype.itemsize]
+        sums = kernel in SUMS
+        largest = (LARGEST_STATE if sums else LARGEST_OPERAND)[dtype.itemsize]
         if (k0 + k1) * (v0 + v1) > largest:
             v0, v1 = max(16, 2 ** ((largest // (k0 + k1)).bit_length() - 1)), 0
         schedule = UNTUNED.get(dtype.itemsize) or next(
@@ -113,6 +121,7 @@ class Tiling:
             num_warps=schedule.num_warps,
             num_stages=stages,
             span=schedule.span,
+            sums=sums,
             acc_dtype=torch.float64 if dtype == torch.float64 else torch.float32,
             # float32 means float32: tf32 would keep 10 bits of 23.
             precision="ieee",
@@ -124,8 +133,13 @@ class Tiling:
 
     @property
     def wide(self) -> bool:
-        """Whether a program that sums a state has no registers left for more."""
-        most = 64 * 64 if self.acc_dtype == torch.float32 else 32 * 32
+        """Whether the gradients of this head take more registers than one program has.
+
+        That of the query sums a state on the way, that of the key does not.
+        """
+        most = 64 * 64 if self.sums else 128 * 128
+        if self.acc_dtype == torch.float64:
+            most = 32 * 32
         return self.groups > 1 or (self.k0 + self.k1) * (self.v0 + self.v1) > most
 
     @property
