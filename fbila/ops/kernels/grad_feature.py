@@ -76,7 +76,7 @@ def grad_feature_kernel(
         o_y0, o_y1 = pair_offset(stride_yn, stride_yd, 0, BLOCK_N, V0, V1, ORDER_Y, UNIT)
         o_g0, o_g1 = pair_offset(stride_gn, stride_gd, 0, BLOCK_N, K0, K1, ORDER_G, UNIT)
     dtype: tl.constexpr = x.dtype.element_ty
-    HALF: tl.constexpr = dtype.primitive_bitwidth == 16
+    HALF: tl.constexpr = (dtype == tl.float16) or (dtype == tl.bfloat16)
 
     state += (i_b * (H // group) + i_h // group) * (K * V + K)
     if GROUPS == 1:

@@ -66,7 +66,7 @@ def output_kernel(
     else:
         o_o0, o_o1 = pair_offset(stride_on, stride_od, first_v, BLOCK_N, V0, V1, ORDER_O, UNIT)
     dtype: tl.constexpr = q.dtype.element_ty
-    HALF: tl.constexpr = dtype.primitive_bitwidth == 16
+    HALF: tl.constexpr = (dtype == tl.float16) or (dtype == tl.bfloat16)
 
     state += (i_b * (H // group) + i_h // group) * (K * V + K)
     b_s00, b_s01, b_s10, b_s11, s_scale = load_state(
