@@ -31,7 +31,7 @@ class Keys(NamedTuple):
 
     weight: torch.Tensor | None
     mask: torch.Tensor | None
-    count: torch.Tensor | None
+    total: torch.Tensor | None
 
 
 def _scalars(normalizer: str, scale: float, eps: float, M: int) -> tuple[float, float]:
@@ -113,12 +113,13 @@ def _forward(
     from .kernels.output import launch_output
     from .kernels.state import launch_state
 
+    assert keys.mask is None or keys.mask.dtype == k.dtype
     normalize = normalizer != "none"
     factor, eps = _scalars(normalizer, scale, eps, k.shape[2])
     state = launch_state(k, v, keys.weight, keys.mask, feature_map)
     launch_output(
         q, state, o, feature_map, normalize, factor, eps,
-        inverse=inverse if normalize else None, count=keys.count, mean=normalizer == "mean",
+        inverse=inverse if normalize else None, count=keys.total, mean=normalizer == "mean",
     )  # fmt: skip
     return state
 

@@ -41,6 +41,8 @@ class Launch:
         num_warps: int,
         num_stages: int,
     ) -> None:
+        # They are passed by position.
+        assert kernel.arg_names[-len(constants) :] == list(constants)
         self.kernel = kernel
         self.grid = (*programs, 1)
         self.numbers = numbers
@@ -51,6 +53,7 @@ class Launch:
         self.compiled: dict[Any, Any] = {}
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
+        assert len(tensors) + len(self.tail) == len(self.kernel.arg_names)
         first = tensors[0]
         assert first is not None
         if not first.is_cuda:
