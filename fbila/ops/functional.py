@@ -82,8 +82,8 @@ def linear_attn(
         ValueError: Shapes, devices, `normalizer`, `eps`, `feature_map` or `impl` that do not fit;
             tables of rotary that require a gradient.
         TypeError: Dtypes that differ or are not supported; arguments of another type.
-        NotImplementedError: With the Triton kernels: rotary, key_weight, key_mask, cu_seqlens, Hk
-            that is not H, "relu_offset" and "exp". `impl="reference"` has them.
+        NotImplementedError: With the Triton kernels: rotary and cu_seqlens. `impl="reference"` has
+            them.
 
     Source: Katharopoulos et al., "Transformers are RNNs", 2020, eq. 4-6, without causality.
 

@@ -1,0 +1,94 @@
+"""A call like one before skips the checks; one that differs in anything they look at does not."""
+
+import pytest
+import torch
+from helpers import CUDA, DEVICE, make_qkv
+
+import fbila
+from fbila.ops import functional, repeated
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """What `check_tensors` was called with, from a clean slate."""
+    calls, original = [], functional.check_tensors
+    monkeypatch.setattr(repeated, "_PASSED", set())
+    monkeypatch.setattr(
+        functional,
+        "check_tensors",
+        lambda *x, **options: calls.append(x) or original(*x, **options),
+    )
+    return calls
+
+
+def attend(q, k, v, **options):
+    return fbila.linear_attn(q, k, v, **{"feature_map": "elu1", "impl": "triton", **options})
+
+
+def test_the_second_call_is_not_checked(checked):
+    q, k, v, _ = make_qkv((1, 2, 5, 7, 4, 6), torch.float32)
+    first = attend(q, k, v)
+    assert torch.equal(attend(q, k, v), first)
+    assert len(checked) == 1
+    attend(q[:, :, :4], k, v)
+    attend(q, k, v, eps=0.5)
+    attend(q, k, v, feature_map="relu")
+    assert len(checked) == 4
+
+
+def test_the_second_call_has_gradients(checked):
+    q, k, v, do = make_qkv((1, 2, 5, 7, 4, 6), torch.float32)
+    attend(q, k, v)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    actual = torch.autograd.grad(attend(*leaves), leaves, do)
+    assert len(checked) == 1
+    expected = torch.autograd.grad(attend(*leaves, impl="reference"), leaves, do)
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_what_differs_still_raises(checked):
+    q, k, v, _ = make_qkv((1, 2, 5, 7, 4, 6), torch.float32)
+    attend(q, k, v)
+    for bad in (
+        (q, k.double(), v),
+        (q, k[:, :, :6], v),
+        (q[0], k, v),
+        (q, k.to("meta"), v),
+        (q, k, v.to_sparse()),
+        (q, k, None),
+    ):
+        with pytest.raises((TypeError, ValueError)):
+            attend(*bad)
+    for name, value in (("eps", -1.0), ("normalizer", "max"), ("feature_map", "gelu")):
+        with pytest.raises(ValueError, match=name):
+            attend(q, k, v, **{name: value})
+    with pytest.raises(ValueError, match="impl must be"):
+        attend(q, k, v, impl="cuda")
+
+
+def test_options_are_checked_each_time(checked):
+    q, k, v, _ = make_qkv((1, 2, 5, 7, 4, 6), torch.float32)
+    attend(q, k, v)
+    with pytest.raises(ValueError, match="key_weight must have shape"):
+        attend(q, k, v, key_weight=torch.ones(1, 6, device=DEVICE))
+
+
+def test_autocast_still_casts(checked):
+    q, k, v, _ = make_qkv((1, 2, 5, 7, 4, 6), torch.float32)
+    assert attend(q, k, v).dtype == torch.float32
+    with torch.autocast(DEVICE, torch.float16 if CUDA else torch.bfloat16):
+        # The interpreter refuses bfloat16, which shows that the cast took place.
+        if CUDA:
+            assert attend(q, k, v).dtype == torch.float16
+        else:
+            with pytest.raises(TypeError, match="bfloat16"):
+                attend(q, k, v)
+
+
+def test_what_is_remembered_is_bounded(checked, monkeypatch):
+    monkeypatch.setattr(repeated, "MOST", 2)
+    q, k, v, _ = make_qkv((1, 1, 6, 2, 2, 2), torch.float32)
+    for n in range(1, 6):
+        attend(q[:, :, :n], k, v)
+    assert len(repeated._PASSED) == 2
