@@ -1,7 +1,9 @@
-"""What a result depends on beside the code: the device, its driver, the versions."""
+"""What a result depends on: the device, its driver, the versions, and which sources they are."""
 
+import hashlib
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -22,7 +24,21 @@ def describe() -> dict[str, str | None]:
         "python": platform.python_version(),
         "fbila": fbila.__version__,
         "revision": _output("git", "-C", str(package), "describe", "--always", "--dirty"),
+        "sources": hash_of_sources([package, Path(__file__).parent]),
     }
+
+
+def hash_of_sources(folders: Iterable[Path]) -> str:
+    """Short sha256 of the Python files below `folders`, with their paths.
+
+    It ties a result to a tree where there is no git, or where its revision is another's.
+    """
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{path.relative_to(folder.parent).as_posix()}\0".encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:12]
 
 
 def _version(package: str) -> str | None:

@@ -78,7 +78,7 @@ def _flash_bla(case: Case) -> dict[str, Attention]:
             function = _with_eps(module.linear_attention)
     except (ImportError, AttributeError) as error:
         raise Absent(f"flash_bla: {error}") from error
-    _fewer_configurations(module)
+    _tune_likely_configurations(module)
     # It has no feature maps of its own.
     return {"flash_bla": lambda q, k, v: function(phi(q), phi(k), v)}
 
@@ -87,17 +87,28 @@ def _with_eps(function: Callable) -> Attention:
     return lambda q, k, v: function(q, k, v, eps=EPS)
 
 
-def _fewer_configurations(module: ModuleType) -> None:
-    """Of up to 144 configurations a kernel, timed anew for each length, keep those that win."""
+def _tune_likely_configurations(module: ModuleType) -> None:
+    """Of up to 144 configurations a kernel, try the likely ones; anew for each head dim too.
+
+    Its own key is the length alone: what the first head dim chose would serve them all.
+    """
     for kernel in vars(module).values():
-        configurations = getattr(kernel, "configs", None)
-        if isinstance(configurations, list):
-            kept = [
-                x
-                for x in configurations
-                if x.num_warps == 4 and x.kwargs.get("BK", 64) == x.kwargs.get("BV", 64) == 64
-            ]
-            kernel.configs = kept or configurations
+        if hasattr(kernel, "early_config_prune"):
+            kernel.keys = ["L", "DK", "DV"]
+            kernel.early_config_prune = _likely
+
+
+def _likely(configurations: list, arguments: dict, **options: object) -> list:
+    """Blocks that waste least of the head dim; no fewer than 4 warps; few and many stages."""
+    block = 32 if max(options["DK"], options["DV"]) <= 32 else 64
+    kept = [
+        x
+        for x in configurations
+        if x.num_warps in (4, 8)
+        and x.num_stages in (2, 4)
+        and all(x.kwargs.get(name, block) == block for name in ("BK", "BV"))
+    ]
+    return kept or configurations
 
 
 PEERS: dict[str, Callable[[Case], dict[str, Attention]]] = {

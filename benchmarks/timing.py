@@ -1,6 +1,7 @@
 """Measuring on a CUDA device: medians with the 20th and 80th percentiles.
 
-"events" puts a device event before and after each call; calls queue up back to back. "graph"
+"events" puts a device event before and after each call. Calls queue up behind a kernel that only
+waits, so that the device never waits for the host: its time is all that is measured. "graph"
 captures several calls in one CUDA graph and divides the time of its replays, so that launching
 costs nothing. "host" is the time until the call returns, by the clock of the CPU.
 
@@ -16,6 +17,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from itertools import cycle
 from typing import NamedTuple, Protocol
 
 import torch
@@ -23,6 +26,12 @@ import torch
 Call = Callable[[], object]
 HOST_CALLS = 1000
 COPY_BYTES = 2**30
+# Calls that are queued together. Launching blocks once about 1024 launches and events are queued:
+# half of that leaves a call 48 launches beside its events.
+GROUP = 10
+# How often a group is tried again that the device began before all of it was queued.
+TRIES = 6
+CALIBRATION_CYCLES = 10**7
 
 
 class Quantiles(NamedTuple):
@@ -94,9 +103,9 @@ class CudaTimer:
         """`calls` do the same on different tensors."""
         if method == "host":
             return time_host(calls[0], torch.cuda.synchronize)
-        estimate = self._warm_up(calls)
+        host_ms, estimate = self._warm_up(calls)
         if method == "events":
-            return quantiles(_event_times(calls, self.count(estimate)))
+            return quantiles(self._queued_times(calls, self.count(estimate), GROUP * host_ms))
         # Whole turns, in graphs long enough for an event to resolve.
         per_graph = len(calls) * math.ceil(min(2 / estimate, 50) / len(calls))
         graph = torch.cuda.CUDAGraph()
@@ -104,8 +113,11 @@ class CudaTimer:
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             for i in range(per_graph):
                 kept.append(calls[i % len(calls)]())
-        times = _event_times([graph.replay], self.count(estimate * per_graph))
-        return quantiles([t / per_graph for t in times])
+        # A replay lasts so much longer than its launch that it needs no other queue.
+        count, nothing = self.count(estimate * per_graph), deque(maxlen=0)
+        pairs = [_bracket(graph.replay, nothing) for _ in range(count)]
+        torch.cuda.synchronize()
+        return quantiles([t / per_graph for t in _elapsed(pairs)])
 
     def bandwidth(self, method: str) -> float:
         """Bytes read plus written a second by a copy of a GiB, measured once a method."""
@@ -141,31 +153,75 @@ class CudaTimer:
     def count(self, estimate: float) -> int:
         return int(min(max(self.budget_ms / estimate, 10), 1000))
 
-    def _warm_up(self, calls: Sequence[Call]) -> float:
-        """Compile, fill caches and wake the clocks; milliseconds a call, roughly."""
+    def _warm_up(self, calls: Sequence[Call]) -> tuple[float, float]:
+        """Compile, fill caches and wake the clocks.
+
+        Returns:
+            Milliseconds until a call returns, and until it is done; both roughly.
+        """
         for call in calls:
             call()
         torch.cuda.synchronize()
-        start, count = time.perf_counter(), 0
+        start, host, count = time.perf_counter(), 0.0, 0
         while count < 3 or time.perf_counter() - start < self.budget_ms / 5e3:
+            called = time.perf_counter()
             calls[count % len(calls)]()
+            host += time.perf_counter() - called
             torch.cuda.synchronize()
             count += 1
-        return (time.perf_counter() - start) * 1e3 / count
+        return host * 1e3 / count, (time.perf_counter() - start) * 1e3 / count
+
+    def _queued_times(self, calls: Sequence[Call], count: int, queue_ms: float) -> list[float]:
+        """Of at least `count` calls, in groups that are queued in full before their first begins.
+
+        Args:
+            queue_ms: About how long the host takes to queue a group.
+        """
+        turn, kept = cycle(calls), deque(maxlen=len(calls))
+        times: list[float] = []
+        sleep_ms, tries = 2 * queue_ms, 0
+        while len(times) < count:
+            torch.cuda._sleep(math.ceil(sleep_ms * self._cycles_per_ms))
+            start = time.perf_counter()
+            pairs = [_bracket(next(turn), kept) for _ in range(GROUP)]
+            late = pairs[0][0].query()  # The sleep was over before all was queued.
+            queue_ms = (time.perf_counter() - start) * 1e3
+            torch.cuda.synchronize()
+            if not late:
+                times += _elapsed(pairs)
+                sleep_ms, tries = 2 * queue_ms, 0
+            elif tries < TRIES:
+                sleep_ms, tries = 2 * max(queue_ms, sleep_ms), tries + 1
+            else:
+                raise RuntimeError(
+                    "These calls cannot be queued ahead: do they wait for the device?"
+                )
+        return times
+
+    @cached_property
+    def _cycles_per_ms(self) -> float:
+        """Of the clock by which `torch.cuda._sleep` counts, once the device is awake."""
+        nothing: deque = deque(maxlen=0)
+        pairs = [_bracket(lambda: torch.cuda._sleep(CALIBRATION_CYCLES), nothing) for _ in range(3)]
+        torch.cuda.synchronize()
+        # The first one also loads the kernel.
+        return CALIBRATION_CYCLES / min(_elapsed(pairs))
 
 
 def make_timer(quick: bool) -> CudaTimer:
     return CudaTimer(60.0 if quick else 300.0)
 
 
-def _event_times(calls: Sequence[Call], count: int) -> list[float]:
-    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-    kept: deque = deque(maxlen=len(calls))
-    for i, (start, end) in enumerate(pairs):
-        start.record()
-        kept.append(calls[i % len(calls)]())
-        end.record()
-    torch.cuda.synchronize()
+def _bracket(call: Call, kept: deque) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    """Events around the call, whose result goes into `kept`."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    kept.append(call())
+    end.record()
+    return start, end
+
+
+def _elapsed(pairs: Sequence[tuple[torch.cuda.Event, torch.cuda.Event]]) -> list[float]:
     return [start.elapsed_time(end) for start, end in pairs]
 
 

@@ -1,6 +1,8 @@
 """A record holds the times beside floor, peers and targets; what cannot be measured says why."""
 
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +12,20 @@ import fbila
 from benchmarks import measure as module
 from benchmarks import operators
 from benchmarks.cases import CASES, Case, select
+from benchmarks.eager import eager
 from benchmarks.floor import pass_bytes
 from benchmarks.measure import measure
 from benchmarks.operators import make_inputs, make_operator
 from benchmarks.peers import PEERS, Absent
 from benchmarks.report import lines, summary
 from benchmarks.targets import Target
+
+FLASH_BLA = "flash_bla.ops.linear_attn.fused"
+
+
+@pytest.fixture
+def no_flash_bla(monkeypatch):
+    monkeypatch.setitem(sys.modules, FLASH_BLA, None)
 
 
 def test_record(small, timer):
@@ -73,10 +83,52 @@ def assert_close_to_fbila(o, case, leaves):
     torch.testing.assert_close(o, make_operator(case, "cpu")(*leaves), rtol=1e-4, atol=1e-5)
 
 
-def test_absent_peer_is_no_error(small, timer):
+def test_absent_peer_is_no_error(small, timer, no_flash_bla):
     record = measure(small, timer, ("flash_bla",))
     assert record["status"] == "measured"
     assert "flash_bla" in record["passes"]["forward"]["peers"]["flash_bla"]["absent"]
+
+
+class TestFlashBla:
+    """On a stand-in: its functions take features, and its kernels choose among configurations."""
+
+    @pytest.fixture
+    def kernel(self, monkeypatch):
+        def linear_attention(q, k, v, scale=None, eps=1e-5):
+            assert (scale, eps) == (None, 1e-6)
+            plain = replace(CASES[0], operator="linear_attn", feature_map=None)
+            return eager(plain)(q, k, v)
+
+        kernel = SimpleNamespace(keys=["L"], early_config_prune=None)
+        stand_in = SimpleNamespace(linear_attention=linear_attention, kernel=kernel)
+        monkeypatch.setitem(sys.modules, FLASH_BLA, stand_in)
+        return kernel
+
+    def test_same_mathematics(self, small, timer, kernel):
+        peers = measure(small, timer, ("flash_bla",))["passes"]["backward"]["peers"]
+        assert peers["flash_bla"]["ms"] == 1.0
+
+    @pytest.mark.parametrize("D, block", [(16, 32), (32, 32), (40, 64), (256, 64)])
+    def test_likely_configurations_for_each_head_dim(self, small, kernel, D, block):
+        PEERS["flash_bla"](small)
+        assert kernel.keys == ["L", "DK", "DV"]
+        configurations = [
+            SimpleNamespace(num_warps=warps, num_stages=stages, kwargs={"BK": BK, "BV": BV})
+            for BK in (32, 64)
+            for BV in (32, 64)
+            for warps in (1, 2, 4, 8)
+            for stages in (2, 3, 4)
+        ]
+        kept = kernel.early_config_prune(configurations, {}, L=96, DK=D, DV=D, eps=1e-6)
+        assert [(x.num_warps, x.num_stages) for x in kept] == [(4, 2), (4, 4), (8, 2), (8, 4)]
+        assert all(x.kwargs["BK"] == x.kwargs["BV"] == block for x in kept)
+
+    def test_there_is_always_a_configuration(self, small, kernel):
+        PEERS["flash_bla"](small)
+        only = [SimpleNamespace(num_warps=4, num_stages=2, kwargs={"BL": 32})]
+        assert kernel.early_config_prune(only, {}, DK=16, DV=16) == only
+        only[0].num_warps = 2
+        assert kernel.early_config_prune(only, {}, DK=16, DV=16) == only
 
 
 @pytest.mark.parametrize(
@@ -204,7 +256,7 @@ def test_inputs_differ_by_seed_and_not_otherwise(small):
     assert not torch.equal(first, other)
 
 
-def test_lines_and_summary(small, timer):
+def test_lines_and_summary(small, timer, no_flash_bla):
     record = measure(small, timer, ("eager", "flash_bla"))
     forward, backward = lines(small.name, record)
     assert forward.startswith(small.name)

@@ -2,6 +2,8 @@
 
 import time
 from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,53 +41,86 @@ def test_repeats(estimate, count):
     assert CudaTimer(300.0).count(estimate) == count
 
 
+class FakeDevice:
+    """A device with a queue, a host that fills it, and the clocks of both in milliseconds."""
+
+    CYCLES_PER_MS = 1000
+
+    def __init__(self):
+        self.host = 0.0
+        self.free = 0.0  # when all that is queued is done
+        self.captured = None
+
+    def launch(self, ms, host_ms=0.0):
+        self.host += host_ms
+        if self.captured is not None:
+            self.captured += ms
+        else:
+            self.free = max(self.free, self.host) + ms
+
+    def sleep(self, cycles):
+        self.launch(cycles / self.CYCLES_PER_MS)
+
+    def synchronize(self):
+        self.host = max(self.host, self.free)
+
+    def perf_counter(self):
+        return self.host / 1e3
+
+    def event(self, enable_timing):
+        assert enable_timing
+        return FakeEvent(self)
+
+    @contextmanager
+    def capture(self, graph, stream):
+        self.captured = 0.0
+        yield
+        graph.replay = partial(self.launch, self.captured)
+        self.captured = None
+
+
+class FakeEvent:
+    def __init__(self, device):
+        self.device = device
+
+    def record(self):
+        self.device.launch(0.0)
+        self.ms = self.device.free
+
+    def query(self):
+        return self.ms <= self.device.host
+
+    def elapsed_time(self, end):
+        return end.ms - self.ms
+
+
 class TestDeviceMethods:
-    """The arithmetic around events and graphs, on a device whose clock each call advances."""
+    """What becomes of events, graphs and sleeps, on a device that is made up."""
 
     @pytest.fixture
-    def clock(self, monkeypatch):
-        """Milliseconds of device time; a call takes 2, a replay as long as the calls captured."""
-        now = [0.0]
-
-        class Event:
-            def __init__(self, enable_timing):
-                assert enable_timing
-
-            def record(self):
-                self.ms = now[0]
-
-            def elapsed_time(self, end):
-                return end.ms - self.ms
-
-        class Graph:
-            def replay(self):
-                now[0] += self.ms
-
-        @contextmanager
-        def capturing(graph, stream):
-            start = now[0]
-            yield
-            graph.ms = now[0] - start
-            now[0] = start
-
+    def device(self, monkeypatch):
+        device = FakeDevice()
         for name, stand_in in {
-            "Event": Event,
-            "CUDAGraph": Graph,
-            "graph": capturing,
+            "Event": device.event,
+            "CUDAGraph": SimpleNamespace,
+            "graph": device.capture,
             "current_stream": lambda: None,
-            "synchronize": lambda: None,
+            "synchronize": device.synchronize,
+            "_sleep": device.sleep,
         }.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
-        return now
+        clock = SimpleNamespace(perf_counter=device.perf_counter)
+        monkeypatch.setattr(timing, "time", clock)
+        return device
 
     @pytest.mark.parametrize("method", ["events", "graph"])
     @pytest.mark.parametrize("sets", [1, 3])
-    def test_time_of_a_call(self, clock, method, sets):
+    def test_time_of_a_call(self, device, method, sets):
         called = []
 
         def call(i):
             called.append(i)
-            clock[0] += 2.0
+            device.launch(2.0, host_ms=0.1)
 
         timer = CudaTimer(5.0)
         measured = timer.time(method, [lambda i=i: call(i) for i in range(sets)])
@@ -94,19 +129,55 @@ class TestDeviceMethods:
         if method == "graph":  # whole turns
             assert called[-sets:] == list(range(sets))
 
-    def test_bandwidth(self, clock, monkeypatch):
+    @pytest.mark.parametrize("ms, host_ms", [(0.01, 0.4), (0.3, 0.4), (5.0, 0.4)])
+    def test_events_leave_out_the_host(self, device, ms, host_ms):
+        def call():
+            device.launch(ms / 2, host_ms / 2)
+            device.launch(ms / 2, host_ms / 2)
+
+        measured = CudaTimer(20.0).time("events", [call])
+        assert measured == pytest.approx((ms, ms, ms))
+
+    def test_a_group_during_which_the_host_stumbled_is_measured_again(self, device):
+        calls = []
+
+        def call():
+            calls.append(1)
+            device.launch(0.1, host_ms=50.0 if len(calls) % 35 == 0 else 0.3)
+
+        timer = CudaTimer(30.0)
+        times = timer._queued_times([call], 100, 3.0)
+        assert times == pytest.approx([0.1] * 100)
+        assert len(calls) > 100
+
+    def test_the_sleep_grows_until_it_is_long_enough(self, device):
+        timer = CudaTimer()
+        timer._cycles_per_ms = device.CYCLES_PER_MS / 6  # the clock was slow when it was read
+        times = timer._queued_times([lambda: device.launch(0.1, host_ms=0.3)], 10, 3.0)
+        assert times == pytest.approx([0.1] * 10)
+
+    def test_a_call_that_waits_for_the_device_has_no_time(self, device):
+        def call():
+            device.launch(0.1, host_ms=0.1)
+            device.synchronize()
+
+        with pytest.raises(RuntimeError, match="do they wait for the device"):
+            CudaTimer(5.0).time("events", [call])
+
+    @pytest.mark.parametrize("method", ["events", "graph"])
+    def test_bandwidth(self, device, method, monkeypatch):
         class Copy:
             def copy_(self, x):
-                clock[0] += 6.0
+                device.launch(6.0, host_ms=0.1)
 
         def faster(x, out):
-            clock[0] += 4.0
+            device.launch(4.0, host_ms=0.1)
 
         monkeypatch.setattr(timing, "_copy_pair", lambda nbytes, device: (None, Copy()))
         monkeypatch.setattr(torch, "neg", faster)
         monkeypatch.setattr(CudaTimer, "sets", lambda self, nbytes: 1)
         timer = CudaTimer(5.0)
-        assert timer.bandwidth("graph") == pytest.approx(2 * timing.COPY_BYTES / 4e-3)
+        assert timer.bandwidth(method) == pytest.approx(2 * timing.COPY_BYTES / 4e-3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -132,6 +203,16 @@ class TestOnDevice:
         y = (x @ x).sum()
         measured = timer.time(method, [lambda: torch.autograd.grad(y, x, retain_graph=True)])
         assert 0 < measured.ms_20 <= measured.ms <= measured.ms_80
+
+    def test_events_leave_out_the_host(self, timer):
+        x = torch.ones(2**22, device="cuda")
+
+        def slow_to_launch():
+            time.sleep(1e-3)
+            return x + 1
+
+        alone = timer.time("events", [lambda: x + 1])
+        assert timer.time("events", [slow_to_launch]).ms == pytest.approx(alone.ms, rel=0.5)
 
     def test_peak_bytes(self, timer):
         assert timer.peak_bytes(lambda: torch.empty(2**20, device="cuda")) == 2**22
