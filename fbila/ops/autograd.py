@@ -26,14 +26,14 @@ def ordinary(*tensors: torch.Tensor | None) -> bool:
     )
 
 
-def linear_attn(q, k, v, key_weight, key_mask, count, *options):
+def linear_attn(q, k, v, key_weight, *options):
     """`fbila::linear_attn`, straight away where nothing stands in between."""
     if not ordinary(q, k, v, key_weight):
-        return torch.ops.fbila.linear_attn(q, k, v, key_weight, key_mask, count, *options)
-    return linear_attn_directly(q, k, v, key_weight, key_mask, count, *options)
+        return torch.ops.fbila.linear_attn(q, k, v, key_weight, *options)
+    return linear_attn_directly(q, k, v, key_weight, *options)
 
 
-def linear_attn_directly(q, k, v, key_weight, key_mask, count, *options):
+def linear_attn_directly(q, k, v, key_weight, *options):
     """`linear_attn` of `ordinary` tensors."""
     if torch.is_grad_enabled() and (
         q.requires_grad
@@ -41,17 +41,17 @@ def linear_attn_directly(q, k, v, key_weight, key_mask, count, *options):
         or v.requires_grad
         or (key_weight is not None and key_weight.requires_grad)
     ):
-        return LinearAttn.apply(q, k, v, key_weight, key_mask, count, *options)
-    return library.inference(q, k, v, key_weight, key_mask, count, *options)
+        return LinearAttn.apply(q, k, v, key_weight, *options)
+    return library.inference(q, k, v, key_weight, *options)
 
 
 class LinearAttn(torch.autograd.Function):
     """`fbila::linear_attn` and its gradient."""
 
     @staticmethod
-    def forward(ctx, q, k, v, key_weight, key_mask, count, *options):
+    def forward(ctx, q, k, v, key_weight, key_mask, count, table, cu_seqlens, *options):
         ctx.options = options
-        inputs = (q, k, v, key_weight, key_mask, count)
+        inputs = (q, k, v, key_weight, key_mask, count, table, cu_seqlens)
         if ordinary(q, k, v):
             o, state, inverse = library.forward(*inputs, *options)
         else:
@@ -73,27 +73,28 @@ class LinearAttn(torch.autograd.Function):
             dk if need_k else None,
             dv if need_v else None,
             dw if need_w else None,
-            *[None] * (2 + len(ctx.options)),
+            *[None] * (4 + len(ctx.options)),
         )
 
 
-class LinearAttnBackward(torch.autograd.Function):
-    """`fbila::linear_attn_backward`, whose own gradient is refused rather than silently zero."""
+def refuse_second_derivative(op: str, names: str) -> None:
+    """Make the backward pass `op` say that it has no gradient, rather than give a zero one."""
 
-    @staticmethod
-    def forward(ctx, *arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.fbila.linear_attn_backward(*arguments)
+    class Refusal(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *arguments):
+            with torch._C._AutoDispatchBelowAutograd():
+                return getattr(torch.ops.fbila, op)(*arguments)
 
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError(
-            "linear_attn and simple_la cannot be differentiated twice by their kernels. Pass "
-            "impl='reference' for gradients of gradients."
-        )
+        @staticmethod
+        def backward(ctx, *_):
+            raise NotImplementedError(
+                f"{names} cannot be differentiated twice by their kernels. Pass "
+                "impl='reference' for gradients of gradients."
+            )
+
+    LIBRARY.impl(op, lambda *arguments: Refusal.apply(*arguments), "Autograd")
 
 
 LIBRARY.impl("linear_attn", lambda *arguments: LinearAttn.apply(*arguments), "Autograd")
-LIBRARY.impl(
-    "linear_attn_backward", lambda *arguments: LinearAttnBackward.apply(*arguments), "Autograd"
-)
+refuse_second_derivative("linear_attn_backward", "linear_attn and simple_la")

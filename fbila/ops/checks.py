@@ -12,6 +12,8 @@ import torch
 from .feature_maps import FEATURE_MAPS
 
 NORMALIZERS = ("mean", "sum")
+# Published models use 3. Sums of squares of higher powers leave float32's range.
+MOST_FOCUSING = 32
 IMPLEMENTATIONS = (None, "triton", "reference")
 
 
@@ -36,8 +38,11 @@ def check_scale(scale: float) -> None:
 
 
 def check_focusing_factor(focusing_factor: float) -> None:
-    if not 0 < focusing_factor < math.inf:
-        raise ValueError(f"focusing_factor must be finite and positive, got {focusing_factor!r}.")
+    if not 0 < focusing_factor <= MOST_FOCUSING:
+        raise ValueError(
+            f"focusing_factor must be positive and at most {MOST_FOCUSING}, got "
+            f"{focusing_factor!r}."
+        )
 
 
 def choose_implementation(impl: str | None, device: torch.device, dtype: torch.dtype) -> str:
@@ -60,17 +65,3 @@ def choose_implementation(impl: str | None, device: torch.device, dtype: torch.d
                 "float16, float32 or float64 with impl='triton' on the CPU."
             )
     return impl
-
-
-def check_unavailable(*, function: str | None = None, **options: object) -> None:
-    """What the Triton kernels do not compute yet. For the implementation "triton" alone."""
-    if function is not None:
-        raise NotImplementedError(
-            f"{function} is not implemented by the Triton kernels yet; pass impl='reference'."
-        )
-    for name, value in options.items():
-        if value is not None:
-            raise NotImplementedError(
-                f"{name} is not implemented by the Triton kernels yet; pass impl='reference', or "
-                f"{name}=None."
-            )

@@ -2,17 +2,20 @@
 
 import torch
 
-from . import autograd
+from . import (
+    autograd,
+    focused_library,  # noqa: F401 - defines the op
+)
 from .autocast import cast_for_autocast
 from .checks import (
     check_feature_map,
     check_focusing_factor,
     check_normalizer,
     check_scale,
-    check_unavailable,
     choose_implementation,
 )
 from .focusing import focused_la_reference
+from .kernel_inputs import kernel_columns, kernel_keys, kernel_table
 from .option_checks import (
     as_rotary,
     check_cu_seqlens,
@@ -21,7 +24,8 @@ from .option_checks import (
     check_shared_rotary,
 )
 from .reference import linear_attn_reference, simple_la_reference
-from .repeated import passed, remember, signature
+from .repeated import Known, recall, remember, signature
+from .rotary import Rotary
 from .tensor_checks import check_tensors
 
 
@@ -82,8 +86,7 @@ def linear_attn(
         ValueError: Shapes, devices, `normalizer`, `eps`, `feature_map` or `impl` that do not fit;
             tables of rotary that require a gradient.
         TypeError: Dtypes that differ or are not supported; arguments of another type.
-        NotImplementedError: With the Triton kernels: rotary and cu_seqlens. `impl="reference"` has
-            them.
+        NotImplementedError: float64 on a GPU with a Triton older than 3.5; a second derivative.
 
     Source: Katharopoulos et al., "Transformers are RNNs", 2020, eq. 4-6, without causality.
 
@@ -95,9 +98,9 @@ def linear_attn(
     call = None
     if rotary is None and key_weight is None and key_mask is None and cu_seqlens is None:
         call = signature(q, k, v, feature_map, normalizer, eps, impl)
-        if passed(call):
-            options = (feature_map or "none", normalizer, 1.0, eps)
-            return autograd.linear_attn_directly(q, k, v, None, None, None, *options)
+        known = recall(call)
+        if known is not None:
+            return known(q, k, v)
     check_feature_map(feature_map)
     check_normalizer(normalizer, eps)
     q, k, v = cast_for_autocast(q, k, v)
@@ -111,10 +114,10 @@ def linear_attn(
         return linear_attn_reference(
             q, k, v, feature_map, normalizer, eps, tables, key_weight, key_mask, cu_seqlens
         )
-    check_unavailable(rotary=rotary, cu_seqlens=cu_seqlens)
-    remember(call)
-    keys = kernel_keys(k, key_weight, key_mask, count=True)
-    return autograd.linear_attn(q, k, v, *keys, feature_map or "none", normalizer, 1.0, eps)
+    remember(call, Known(feature_map or "none", normalizer, 1.0, eps))
+    return _launch(
+        q, k, v, tables, key_weight, key_mask, cu_seqlens, feature_map, normalizer, 1.0, eps
+    )
 
 
 def simple_la(
@@ -159,6 +162,12 @@ def simple_la(
         >>> simple_la(q, k, v, scale=1 / 64).shape
         torch.Size([1, 2, 64, 16])
     """
+    call = None
+    if rotary is None and key_weight is None and key_mask is None and cu_seqlens is None:
+        call = signature(q, k, v, feature_map, "none", scale, impl)
+        known = recall(call)
+        if known is not None:
+            return known(q, k, v)
     check_feature_map(feature_map)
     q, k, v = cast_for_autocast(q, k, v)
     packed = cu_seqlens is not None
@@ -173,9 +182,10 @@ def simple_la(
         return simple_la_reference(
             q, k, v, feature_map, scale, tables, key_weight, key_mask, cu_seqlens
         )
-    check_unavailable(rotary=rotary, cu_seqlens=cu_seqlens)
-    keys = kernel_keys(k, key_weight, key_mask, count=False)
-    return autograd.linear_attn(q, k, v, *keys, feature_map or "none", "none", scale, 0.0)
+    remember(call, Known(feature_map or "none", "none", scale, 0.0))
+    return _launch(
+        q, k, v, tables, key_weight, key_mask, cu_seqlens, feature_map, "none", scale, 0.0
+    )
 
 
 def focused_la(
@@ -200,7 +210,7 @@ def focused_la(
         q: `(B, H, N, K)` queries; K from 1 to 256; float16, bfloat16, float32 or float64.
         k: `(B, H, M, K)` keys, with the heads of q. M may differ from N.
         v: `(B, H, M, V)` values; V from 0 to 256, may differ from K.
-        focusing_factor: p, positive.
+        focusing_factor: p, positive and at most 32.
         scale: `(H, K)`, the parameter as it is learned, before softplus; shared by q and k. None:
             nothing is divided. It gets a gradient.
         eps: Added to the denominator; finite, not negative.
@@ -213,7 +223,6 @@ def focused_la(
     Raises:
         ValueError, TypeError: As for `linear_attn`; grouped heads; `focusing_factor` or `scale`
             that do not fit.
-        NotImplementedError: With the Triton kernels; `impl="reference"` has it.
 
     Source: Han et al., "FLatten Transformer", ICCV 2023, eq. 8 and 9; scale, eps and the norms over
     all heads as in its code.
@@ -229,30 +238,37 @@ def focused_la(
     check_tensors(q, k, v)
     check_focus(q, k, scale)
     check_key_options(k, None, key_mask)
-    if choose_implementation(impl, q.device, q.dtype) == "triton":
-        check_unavailable(function="focused_la")
-    return focused_la_reference(q, k, v, focusing_factor, scale, eps, key_mask)
+    if choose_implementation(impl, q.device, q.dtype) == "reference":
+        return focused_la_reference(q, k, v, focusing_factor, scale, eps, key_mask)
+    keys = kernel_keys(k, None, key_mask, count=True)
+    return torch.ops.fbila.focused_la(
+        q, k, v, kernel_columns(scale, q), keys.mask, keys.total, float(focusing_factor), eps
+    )
 
 
-def kernel_keys(
+def _launch(
+    q: torch.Tensor,
     k: torch.Tensor,
+    v: torch.Tensor,
+    rotary: Rotary | None,
     key_weight: torch.Tensor | None,
     key_mask: torch.Tensor | None,
-    *,
-    count: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """As the kernels take them: key_weight `(B, Hk, M)`, key_mask `(B, M)`, the count of keys."""
-    dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
-    if key_weight is not None:
-        if key_mask is not None:
-            # Selected, so that a masked weight gets a gradient of 0 whatever it is.
-            there = key_mask if key_weight.dim() == 2 else key_mask[:, None]
-            key_weight = torch.where(there, key_weight, 0)
-        if key_weight.dim() == 2:
-            key_weight = key_weight[:, None].expand(-1, k.shape[1], -1)
-        key_weight = key_weight.to(dtype)
-    if key_mask is None:
-        return key_weight, None, None
-    # In the width of k: a narrower load would change how Triton lays out the product's operands,
-    # and float64 then does not compile.
-    return key_weight, key_mask.to(k.dtype), key_mask.sum(-1, dtype=dtype) if count else None
+    cu_seqlens: torch.Tensor | None,
+    feature_map: str | None,
+    normalizer: str,
+    scale: float,
+    eps: float,
+) -> torch.Tensor:
+    """The kernels on checked arguments; packed tensors as a batch of one."""
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(torch.int32)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        key_weight = None if key_weight is None else key_weight[None]
+        key_mask = None if key_mask is None else key_mask[None]
+    keys = kernel_keys(k, key_weight, key_mask, cu_seqlens, count=normalizer != "none")
+    table, order = kernel_table(rotary, q)
+    o = autograd.linear_attn(
+        q, k, v, *keys, table, cu_seqlens, feature_map or "none", normalizer, order, scale, eps
+    )
+    # Not o[0], whose gradient would be a copy among zeros.
+    return o if cu_seqlens is None else o.squeeze(0).transpose(0, 1)

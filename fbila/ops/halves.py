@@ -2,13 +2,14 @@
 
 import torch
 
+from . import halves_library  # noqa: F401 - defines the ops
 from .autocast import cast_for_autocast
 from .checks import (
     check_feature_map,
     check_normalizer,
-    check_unavailable,
     choose_implementation,
 )
+from .kernel_inputs import kernel_keys, kernel_table
 from .option_checks import as_rotary, check_key_options, check_rotary, check_state
 from .reference import apply_reference, state_reference
 from .state import State
@@ -66,9 +67,19 @@ def linear_attn_state(
     tables = as_rotary(rotary)
     check_rotary(tables, "k", k, k.shape[1])
     check_key_options(k, key_weight, key_mask)
-    if choose_implementation(impl, k.device, k.dtype) == "triton":
-        check_unavailable(function="linear_attn_state")
-    return state_reference(k, v, feature_map, tables, key_weight, key_mask)
+    if choose_implementation(impl, k.device, k.dtype) == "reference":
+        return state_reference(k, v, feature_map, tables, key_weight, key_mask)
+    keys = kernel_keys(k, key_weight, key_mask, count=True)
+    table, order = kernel_table(tables, k)
+    state = torch.ops.fbila.linear_attn_state(
+        k, v, keys.weight, keys.mask, table, feature_map or "none", order
+    )
+    (B, H, M, K), V = k.shape, v.shape[-1]
+    rows = state.view(B, H, -1)
+    count = rows.new_full((B,), M) if keys.total is None else keys.total
+    # Contiguous, so that they can be all-reduced.
+    kv, key_sum = (x.contiguous() for x in rows.split((K * V, K), -1))
+    return State(kv.unflatten(-1, (K, V)), key_sum, count)
 
 
 def linear_attn_apply(
@@ -122,6 +133,10 @@ def linear_attn_apply(
     check_state(state, q)
     tables = as_rotary(rotary)
     check_rotary(tables, "q", q, state.kv.shape[1])
-    if choose_implementation(impl, q.device, q.dtype) == "triton":
-        check_unavailable(function="linear_attn_apply")
-    return apply_reference(q, state, feature_map, normalizer, eps, tables)
+    if choose_implementation(impl, q.device, q.dtype) == "reference":
+        return apply_reference(q, state, feature_map, normalizer, eps, tables)
+    rows = torch.cat((state.kv.flatten(-2), state.key_sum), -1).flatten(0, 1)
+    table, order = kernel_table(tables, q)
+    return torch.ops.fbila.linear_attn_apply(
+        q, rows, state.count.contiguous(), table, feature_map or "none", normalizer, order, eps
+    )

@@ -2,22 +2,27 @@
 
 `fbila::linear_attn` is what users' graphs show; it is differentiable. `..._forward` and
 `..._backward` are the two passes it is made of, and are not. Both operators are one op here:
-`normalizer` is "mean", "sum" or, for simple_la, "none". float64 scalars stay float64. key_weight is
-`(B, Hk, M)`, key_mask `(B, M)` in the dtype of k, 0 where a key is absent, and count `(B,)` the
-number of keys that it leaves.
+`normalizer` is "mean", "sum" or, for simple_la, "none". float64 scalars stay float64. The tensors
+of the options are as `kernel_inputs.py` makes them.
 
 The Triton kernels are imported at the first launch, so that importing fbila needs no triton.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
 from .layout import empty_like_order
 
+if TYPE_CHECKING:
+    from .kernels.side import Side
+
 LIBRARY = torch.library.Library("fbila", "DEF")
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? key_weight, Tensor? key_mask, Tensor? count"
-_OPTIONS = "str feature_map, str normalizer, float scale, float eps"
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? key_weight, Tensor? key_mask, Tensor? count, "
+    "Tensor? table, Tensor? cu_seqlens"
+)
+_OPTIONS = "str feature_map, str normalizer, str rotary, float scale, float eps"
 LIBRARY.define(f"linear_attn({_INPUTS}, {_OPTIONS}) -> Tensor")
 LIBRARY.define(f"linear_attn_forward({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
 LIBRARY.define(
@@ -26,34 +31,30 @@ LIBRARY.define(
 )
 
 
-class Keys(NamedTuple):
-    """The keys' options, as the kernels take them."""
-
-    weight: torch.Tensor | None
-    mask: torch.Tensor | None
-    total: torch.Tensor | None
-
-
-def _scalars(normalizer: str, scale: float, eps: float, M: int) -> tuple[float, float]:
+def scalars(normalizer: str, scale: float, eps: float, M: int) -> tuple[float, float]:
     """(factor of S and z, eps beside it). Dividing by M keeps float16 operands in range."""
     if normalizer == "none":
         return scale, 0.0
     return 1.0 / M, eps if normalizer == "mean" else eps / M
 
 
-def _sum_dtype(q: torch.Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
+def sum_dtype(x: torch.Tensor) -> torch.dtype:
+    """What sums over `x` are kept in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _empty_state(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def empty_state(
+    k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None = None
+) -> torch.Tensor:
     B, H, _, K = k.shape
-    return k.new_empty(B * H, K * v.shape[-1] + K, dtype=_sum_dtype(k))
+    states = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return k.new_empty(states * H, K * v.shape[-1] + K, dtype=sum_dtype(k))
 
 
-def _empty_inverse(q: torch.Tensor, normalizer: str) -> torch.Tensor:
+def empty_inverse(q: torch.Tensor, normalizer: str) -> torch.Tensor:
     """For 1 / denominator `(B, H, N)`; empty where there is none."""
     B, H, N = q.shape[:3]
-    return q.new_empty((0,) if normalizer == "none" else (B, H, N), dtype=_sum_dtype(q))
+    return q.new_empty((0,) if normalizer == "none" else (B, H, N), dtype=sum_dtype(q))
 
 
 def forward(
@@ -63,18 +64,24 @@ def forward(
     key_weight: torch.Tensor | None,
     key_mask: torch.Tensor | None,
     count: torch.Tensor | None,
+    table: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
     feature_map: str,
     normalizer: str,
+    rotary: str,
     scale: float,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """o `(B, H, N, V)` and what the backward pass needs: the state and 1 / denominator."""
     o = empty_like_order(q, v.shape[-1])
-    inverse = _empty_inverse(q, normalizer)
+    inverse = empty_inverse(q, normalizer)
     if o.numel() == 0 or k.shape[2] == 0:
-        return o.zero_(), _empty_state(k, v).zero_(), inverse.zero_()
-    keys = Keys(key_weight, key_mask, count)
-    return o, _forward(q, k, v, keys, o, inverse, feature_map, normalizer, scale, eps), inverse
+        return o.zero_(), empty_state(k, v, cu_seqlens).zero_(), inverse.zero_()
+    sides = _sides(key_weight, key_mask, table, cu_seqlens, rotary)
+    state = forward_of(
+        q, k, v, *sides, count, o, inverse, feature_map, normalizer, scale, eps
+    )  # fmt: skip
+    return o, state, inverse
 
 
 def inference(
@@ -84,8 +91,11 @@ def inference(
     key_weight: torch.Tensor | None,
     key_mask: torch.Tensor | None,
     count: torch.Tensor | None,
+    table: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
     feature_map: str,
     normalizer: str,
+    rotary: str,
     scale: float,
     eps: float,
 ) -> torch.Tensor:
@@ -93,16 +103,36 @@ def inference(
     o = empty_like_order(q, v.shape[-1])
     if o.numel() == 0 or k.shape[2] == 0:
         return o.zero_()
-    keys = Keys(key_weight, key_mask, count)
-    _forward(q, k, v, keys, o, None, feature_map, normalizer, scale, eps)
+    sides = _sides(key_weight, key_mask, table, cu_seqlens, rotary)
+    forward_of(q, k, v, *sides, count, o, None, feature_map, normalizer, scale, eps)
     return o
 
 
-def _forward(
+def _sides(
+    key_weight: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    table: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    rotary: str,
+) -> tuple["Side", "Side"]:
+    """The options of the queries and of the keys."""
+    from .kernels.side import PLAIN, Side
+
+    query = keys = PLAIN
+    if table is not None or cu_seqlens is not None:
+        query = keys = Side(table=table, cu_seqlens=cu_seqlens, rotary=rotary)
+    if key_weight is not None or key_mask is not None:
+        keys = query._replace(weight=key_weight, mask=key_mask)
+    return query, keys
+
+
+def forward_of(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    keys: Keys,
+    query: "Side",
+    keys: "Side",
+    count: torch.Tensor | None,
     o: torch.Tensor,
     inverse: torch.Tensor | None,
     feature_map: str,
@@ -110,16 +140,17 @@ def _forward(
     scale: float,
     eps: float,
 ) -> torch.Tensor:
+    """Fill o and, where given, 1 / denominator; return the state."""
     from .kernels.output import launch_output
     from .kernels.state import launch_state
 
-    assert keys.mask is None or keys.mask.dtype == k.dtype
     normalize = normalizer != "none"
-    factor, eps = _scalars(normalizer, scale, eps, k.shape[2])
-    state = launch_state(k, v, keys.weight, keys.mask, feature_map)
+    factor, eps = scalars(normalizer, scale, eps, k.shape[2])
+    state = launch_state(k, v, keys, feature_map)
     launch_output(
         q, state, o, feature_map, normalize, factor, eps,
-        inverse=inverse if normalize else None, count=keys.total, mean=normalizer == "mean",
+        side=query, group=q.shape[1] // k.shape[1],
+        inverse=inverse if normalize else None, count=count, mean=normalizer == "mean",
     )  # fmt: skip
     return state
 
@@ -132,36 +163,68 @@ def backward(
     key_weight: torch.Tensor | None,
     key_mask: torch.Tensor | None,
     count: torch.Tensor | None,
+    table: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
     state: torch.Tensor,
     inverse: torch.Tensor,
     feature_map: str,
     normalizer: str,
+    rotary: str,
     scale: float,
     eps: float,
     needs_grad: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv and dw; those that nobody needs are empty (the keys' are made together)."""
     dq, dk, dv, dw = _empty_gradients(q, k, v, key_weight, needs_grad)
-    M = k.shape[2]
-    if do.numel() == 0 or M == 0:
+    if do.numel() == 0 or k.shape[2] == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), dw.zero_()
+    query, keys = _sides(key_weight, key_mask, table, cu_seqlens, rotary)
+    backward_of(
+        do, q, k, v, query, keys, count, state, inverse, dq, dk, dv,
+        None if key_weight is None else dw,
+        feature_map, normalizer, scale, needs_keys=needs_grad[1],
+    )  # fmt: skip
+    return dq, dk, dv, dw
+
+
+def backward_of(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    query: "Side",
+    keys: "Side",
+    count: torch.Tensor | None,
+    state: torch.Tensor,
+    inverse: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    dw: torch.Tensor | None,
+    feature_map: str,
+    normalizer: str,
+    scale: float,
+    *,
+    needs_keys: bool,
+    query_dw: torch.Tensor | None = None,
+) -> None:
+    """Fill dq and, where wanted, dk, dv and dw; query_dw is for what dw would be of queries."""
     from .kernels.grad_key import launch_grad_key
     from .kernels.grad_query import launch_grad_query
 
     normalize = normalizer != "none"
-    factor, _ = _scalars(normalizer, scale, eps, M)
+    factor, _ = scalars(normalizer, scale, 0.0, k.shape[2])
     if normalizer != "mean":
         count = None
     dstate = launch_grad_query(
-        q, do, state, inverse if normalize else None, count, dq, feature_map, factor
-    )
-    if needs_grad[1]:
+        q, do, state, inverse if normalize else None, count, dq, query, k.shape[1], feature_map,
+        factor, dweight=query_dw,
+    )  # fmt: skip
+    if needs_keys:
         launch_grad_key(
-            k, v, dstate, dk, dv, feature_map, normalize, factor,
-            count=count, weight=key_weight, mask=key_mask,
-            dweight=None if key_weight is None else dw,
+            k, v, dstate, dk, dv, keys, feature_map, normalize, factor,
+            count=count, dweight=dw,
         )  # fmt: skip
-    return dq, dk, dv, dw
 
 
 def _empty_gradients(
@@ -172,10 +235,10 @@ def _empty_gradients(
     needs_grad: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dq = empty_like_order(q, q.shape[-1])
-    none = k.new_empty((0,), dtype=_sum_dtype(k))
+    none = k.new_empty((0,), dtype=sum_dtype(k))
     if not needs_grad[1]:
         return dq, k.new_empty(0), v.new_empty(0), none
-    dw = none if key_weight is None else k.new_empty(k.shape[:3], dtype=_sum_dtype(k))
+    dw = none if key_weight is None else k.new_empty(k.shape[:3], dtype=sum_dtype(k))
     return dq, empty_like_order(k, k.shape[-1]), empty_like_order(v, v.shape[-1]), dw
 
 
@@ -189,15 +252,16 @@ for _name, _implementation in (
 
 
 @torch.library.register_fake("fbila::linear_attn", lib=LIBRARY)
-def _(q, k, v, key_weight, key_mask, count, feature_map, normalizer, scale, eps):
+def _(q, k, v, *options):
     return empty_like_order(q, v.shape[-1])
 
 
 @torch.library.register_fake("fbila::linear_attn_forward", lib=LIBRARY)
-def _(q, k, v, key_weight, key_mask, count, feature_map, normalizer, scale, eps):
-    return empty_like_order(q, v.shape[-1]), _empty_state(k, v), _empty_inverse(q, normalizer)
+def _(q, k, v, key_weight, key_mask, count, table, cu_seqlens, feature_map, normalizer, *scalars):
+    o, inverse = empty_like_order(q, v.shape[-1]), empty_inverse(q, normalizer)
+    return o, empty_state(k, v, cu_seqlens), inverse
 
 
 @torch.library.register_fake("fbila::linear_attn_backward", lib=LIBRARY)
-def _(do, q, k, v, key_weight, key_mask, count, state, inverse, *options):
+def _(do, q, k, v, key_weight, *options):
     return _empty_gradients(q, k, v, key_weight, options[-1])

@@ -6,6 +6,49 @@ The specification of each map is the function of the same name in `fbila.ops.fea
 import triton
 import triton.language as tl
 
+from .focus import focused
+from .tiles import column_mask
+
+
+@triton.jit
+def features(
+    x0, x1, rows, c_0, c_1, o_n, m_n, N, K1: tl.constexpr, FEATURE_MAP: tl.constexpr,
+    POWER: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """phi of both tiles of a block of tokens, in the accumulation type.
+
+    With `rows` `(3, N)` it is the focused map, of which they are what all heads of a token share.
+    """
+    x0, x1 = x0.to(ACC), x1.to(ACC)
+    if rows is None:
+        x0 = feature(x0, FEATURE_MAP)
+        if K1 > 0:
+            x1 = feature(x1, FEATURE_MAP)
+    else:
+        t = tl.load(rows + o_n, mask=m_n, other=0.0)
+        w = tl.load(rows + N + o_n, mask=m_n, other=0.0)
+        x0 = focused(x0, c_0, t, w, POWER)
+        if K1 > 0:
+            x1 = focused(x1, c_1, t, w, POWER)
+    return x0, x1
+
+
+@triton.jit
+def load_columns(
+    rows, columns, i_h, K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, KB: tl.constexpr
+):
+    """The focused map's factor of each channel `(H, K)`, for one head's tiles."""
+    if rows is None:
+        return 1.0, 1.0
+    else:
+        columns += i_h * K
+        c_0 = tl.load(columns + tl.arange(0, K0), mask=column_mask(0, K, K0, KB), other=0.0)
+        c_1 = c_0
+        if K1 > 0:
+            o_k = KB + tl.arange(0, K1)
+            c_1 = tl.load(columns + o_k, mask=o_k < K, other=0.0)
+        return c_0, c_1
+
 
 @triton.jit
 def feature(x, FEATURE_MAP: tl.constexpr):
@@ -47,6 +90,9 @@ def feature_gradient(dphi, phi, FEATURE_MAP: tl.constexpr):
     elif FEATURE_MAP == "relu_offset":
         return tl.where(phi <= tl.full((), 1e-6, phi.dtype), 0.0, dphi)
     elif FEATURE_MAP == "exp":
+        return dphi * phi
+    elif FEATURE_MAP == "focused":
+        # What `grad_focus_kernel` starts from.
         return dphi * phi
     else:
         return dphi

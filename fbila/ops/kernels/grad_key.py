@@ -13,11 +13,14 @@ from functools import lru_cache
 import torch
 import triton.language as tl
 
-from .features import feature, feature_gradient
+from .features import feature_gradient, features, load_columns
 from .grad_feature import launch_grad_feature
 from .launch import Launch, kernel
 from .memory import Axes, Layout
 from .output import launch_output
+from .programs import locate
+from .rotary import load_table, rotate
+from .side import Side, SidePlan
 from .tiles import (
     head_offset,
     key_rows,
@@ -27,6 +30,7 @@ from .tiles import (
     mean_factor,
     pair_offset,
     product,
+    row_scale,
     scaled_product,
     store_pair,
     token_offset,
@@ -36,71 +40,89 @@ from .tiling import Tiling
 
 @kernel
 def grad_key_kernel(
-    k, v, dstate, count, weight, mask, dk, dv, dweight,
+    k, v, dstate, count, weight, mask, table, rows, columns, cu, dk, dv, dweight,
     stride_kb: "i64", stride_kh: "i64", stride_km: "i64", stride_kd: "i64",
     stride_vb: "i64", stride_vh: "i64", stride_vm: "i64", stride_vd: "i64",
     stride_fb: "i64", stride_fh: "i64", stride_fm: "i64", stride_fd: "i64",
     stride_gb: "i64", stride_gh: "i64", stride_gm: "i64", stride_gd: "i64",
     stride_wb: "i64", stride_wh: "i64", stride_wm: "i64", stride_mb: "i64", stride_mm: "i64",
-    factor: "fp64",
+    stride_th: "i64", factor: "fp64",
     H: "i32", M: "i32", run: "i32", runs: "i32",
     K: tl.constexpr, V: tl.constexpr,
-    BLOCK_M: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    K0: tl.constexpr, K1: tl.constexpr, KB: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     ORDER_K: tl.constexpr, ORDER_V: tl.constexpr, ORDER_F: tl.constexpr, ORDER_G: tl.constexpr,
     UNIT: tl.constexpr, SAME: tl.constexpr,
-    FEATURE_MAP: tl.constexpr, NORMALIZE: tl.constexpr,
+    FEATURE_MAP: tl.constexpr, POWER: tl.constexpr, ROTARY: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_brh = tl.program_id(0).to(tl.int64)
-    i_b, i_r, i_h = i_brh // H // runs, i_brh // H % runs, i_brh % H
-    factor = mean_factor(factor, count, i_b, ACC)
+    i_b, i_h, i_x, start, end, _ = locate(cu, H, M, run, runs)
+    factor = mean_factor(factor, count, i_x, ACC)
     if weight is not None:
         weight += i_b * stride_wb + i_h * stride_wh
+    if dweight is not None:
         dweight += (i_b * H + i_h) * M
     if mask is not None:
         mask += i_b * stride_mb
+    if table is not None:
+        table += i_h * stride_th * K
+    c_0, c_1 = load_columns(rows, columns, i_h, K, K0, K1, KB)
+    if rows is not None:
+        rows += i_b * 3 * M
 
     k += head_offset(i_b, i_h, stride_kb, stride_kh, ORDER_K, UNIT)
     v += head_offset(i_b, i_h, stride_vb, stride_vh, ORDER_V, UNIT)
     dk += head_offset(i_b, i_h, stride_fb, stride_fh, ORDER_F, UNIT)
     dv += head_offset(i_b, i_h, stride_gb, stride_gh, ORDER_G, UNIT)
-    o_k0, o_k1 = pair_offset(stride_km, stride_kd, 0, BLOCK_M, K0, K1, ORDER_K, UNIT)
+    o_k0, o_k1 = pair_offset(stride_km, stride_kd, 0, BLOCK_M, K0, K1, KB, ORDER_K, UNIT)
     if SAME:
         o_v0, o_v1, o_f0, o_f1, o_g0, o_g1 = o_k0, o_k1, o_k0, o_k1, o_k0, o_k1
     else:
-        o_v0, o_v1 = pair_offset(stride_vm, stride_vd, 0, BLOCK_M, V0, V1, ORDER_V, UNIT)
-        o_f0, o_f1 = pair_offset(stride_fm, stride_fd, 0, BLOCK_M, K0, K1, ORDER_F, UNIT)
-        o_g0, o_g1 = pair_offset(stride_gm, stride_gd, 0, BLOCK_M, V0, V1, ORDER_G, UNIT)
+        o_v0, o_v1 = pair_offset(stride_vm, stride_vd, 0, BLOCK_M, V0, V1, V0, ORDER_V, UNIT)
+        o_f0, o_f1 = pair_offset(stride_fm, stride_fd, 0, BLOCK_M, K0, K1, KB, ORDER_F, UNIT)
+        o_g0, o_g1 = pair_offset(stride_gm, stride_gd, 0, BLOCK_M, V0, V1, V0, ORDER_G, UNIT)
     dtype: tl.constexpr = k.dtype.element_ty
+    # As in `output_kernel`.
+    BY_ROW: tl.constexpr = rows is not None and dtype == tl.float16
 
-    dstate += (i_b * H + i_h) * (K * V + K)
-    b_s00, b_s01, b_s10, b_s11, s_scale = load_state(dstate, factor, 0, K, V, K0, K1, V0, V1, dtype)
+    dstate += (i_x * H + i_h) * (K * V + K)
+    b_s00, b_s01, b_s10, b_s11, s_scale = load_state(
+        dstate, factor, 0, K, V, K0, K1, KB, V0, V1, dtype
+    )
     if NORMALIZE:
-        b_z0, b_z1 = load_key_sum(dstate, factor, K, V, K0, K1)
+        b_z0, b_z1 = load_key_sum(dstate, factor, K, V, K0, K1, KB)
 
-    start = i_r.to(tl.int32) * run
-    for i_m in range(start, tl.minimum(start + run, M), BLOCK_M):
+    for i_m in range(start, end, BLOCK_M):
         o_m = i_m + tl.arange(0, BLOCK_M)
-        m_m = o_m < M
+        m_m = o_m < end
         m_k = key_rows(mask, o_m, m_m, stride_mm)
         b_k0, b_k1 = load_pair(
-            k + token_offset(i_m, stride_km, ORDER_K, UNIT), o_k0, o_k1, m_k, 0, K, K0, K1
+            k + token_offset(i_m, stride_km, ORDER_K, UNIT), o_k0, o_k1, m_k, 0, K, K0, K1, KB
         )
         p_v = v + token_offset(i_m, stride_vm, ORDER_V, UNIT)
-        b_f0 = feature(b_k0.to(ACC), FEATURE_MAP)
-        b_a0 = b_f0.to(dtype)
+        b_f0, b_f1 = features(b_k0, b_k1, rows, c_0, c_1, o_m, m_k, M, K1, FEATURE_MAP, POWER, ACC)
+        b_a0, b_a1 = b_f0, b_f1
+        if table is not None:
+            b_t0, b_t1 = load_table(table, i_m, m_m, K, K0, K1, KB, BLOCK_M)
+            b_a0, b_a1 = rotate(b_f0, b_f1, b_t0, b_t1, K1, ROTARY, False)
+        if BY_ROW:
+            b_row = row_scale(b_f0, b_f1, K1)
+            b_a0, b_a1 = b_f0 / b_row[:, None], b_f1 / b_row[:, None]
+        b_a0 = b_a0.to(dtype)
         b_dv0 = product(b_a0, b_s00, tl.zeros((BLOCK_M, V0), dtype=ACC), PRECISION)
-        b_f1, b_dv1 = b_f0, b_dv0
+        b_dv1 = b_dv0
         if V1 > 0:
             b_dv1 = product(b_a0, b_s01, tl.zeros((BLOCK_M, V1), dtype=ACC), PRECISION)
         if K1 > 0:
-            b_f1 = feature(b_k1.to(ACC), FEATURE_MAP)
-            b_a1 = b_f1.to(dtype)
+            b_a1 = b_a1.to(dtype)
             b_dv0 = product(b_a1, b_s10, b_dv0, PRECISION)
             if V1 > 0:
                 b_dv1 = product(b_a1, b_s11, b_dv1, PRECISION)
         if dtype == tl.float16:
             b_dv0, b_dv1 = b_dv0 * s_scale, b_dv1 * s_scale
+        if BY_ROW:
+            b_dv0, b_dv1 = b_dv0 * b_row[:, None], b_dv1 * b_row[:, None]
         if weight is not None:
             b_w = tl.load(weight + o_m.to(tl.int64) * stride_wm, mask=m_k, other=0.0).to(ACC)
             b_dv0, b_dv1 = b_dv0 * b_w[:, None], b_dv1 * b_w[:, None]
@@ -108,28 +130,31 @@ def grad_key_kernel(
             b_dv0 = tl.where(m_k[:, None], b_dv0, 0.0)
             b_dv1 = tl.where(m_k[:, None], b_dv1, 0.0)
         p_g = dv + token_offset(i_m, stride_gm, ORDER_G, UNIT)
-        store_pair(p_g, b_dv0, b_dv1, o_g0, o_g1, m_m, 0, V, V0, V1)
+        store_pair(p_g, b_dv0, b_dv1, o_g0, o_g1, m_m, 0, V, V0, V1, V0)
 
-        b_v0, b_v1 = load_pair(p_v, o_v0, o_v1, m_k, 0, V, V0, V1)
+        b_v0, b_v1 = load_pair(p_v, o_v0, o_v1, m_k, 0, V, V0, V1, V0)
         b_df0 = tl.zeros((BLOCK_M, K0), dtype=ACC)
         b_df0 = scaled_product(b_v0, tl.trans(b_s00), b_df0, s_scale, PRECISION)
         if V1 > 0:
             b_df0 = scaled_product(b_v1, tl.trans(b_s01), b_df0, s_scale, PRECISION)
-        if NORMALIZE:
-            b_df0 += b_z0[None, :]
         b_df1 = b_df0
         if K1 > 0:
             b_df1 = tl.zeros((BLOCK_M, K1), dtype=ACC)
             b_df1 = scaled_product(b_v0, tl.trans(b_s10), b_df1, s_scale, PRECISION)
             if V1 > 0:
                 b_df1 = scaled_product(b_v1, tl.trans(b_s11), b_df1, s_scale, PRECISION)
-            if NORMALIZE:
+        if table is not None:
+            b_df0, b_df1 = rotate(b_df0, b_df1, b_t0, b_t1, K1, ROTARY, True)
+        if NORMALIZE:
+            b_df0 += b_z0[None, :]
+            if K1 > 0:
                 b_df1 += b_z1[None, :]
-        if weight is not None:
+        if dweight is not None:
             b_dw = tl.sum(b_f0 * b_df0, 1)
             if K1 > 0:
                 b_dw += tl.sum(b_f1 * b_df1, 1)
             tl.store(dweight + o_m, tl.where(m_k, b_dw, 0.0), mask=m_m)
+        if weight is not None:
             b_df0, b_df1 = b_df0 * b_w[:, None], b_df1 * b_w[:, None]
         b_dk0 = feature_gradient(b_df0, b_f0, FEATURE_MAP)
         b_dk1 = b_dk0
@@ -139,7 +164,7 @@ def grad_key_kernel(
             b_dk0 = tl.where(m_k[:, None], b_dk0, 0.0)
             b_dk1 = tl.where(m_k[:, None], b_dk1, 0.0)
         p_f = dk + token_offset(i_m, stride_fm, ORDER_F, UNIT)
-        store_pair(p_f, b_dk0, b_dk1, o_f0, o_f1, m_m, 0, K, K0, K1)
+        store_pair(p_f, b_dk0, b_dk1, o_f0, o_f1, m_m, 0, K, K0, K1, KB)
 
 
 @lru_cache(maxsize=1024)
@@ -148,8 +173,7 @@ def plan_grad_key(
     v: Axes,
     dk: Axes,
     dv: Axes,
-    weight: tuple[int, ...],
-    mask: tuple[int, ...],
+    side: SidePlan,
     dtype: torch.dtype,
     feature_map: str,
     normalize: bool,
@@ -157,13 +181,14 @@ def plan_grad_key(
 ) -> Launch:
     B, H, M, K = k.shape
     V = v.shape[-1]
-    tiling = Tiling.of("grad_key", dtype, K, V)
+    tiling = Tiling.of("grad_key", dtype, K, V, side.rotary)
     run, runs = tiling.run(B * H, M)
+    programs = side.programs(B * H, H, M, run, runs)
     layout = Layout.of(dtype.itemsize, k, v, dk, dv)
     return Launch(
         grad_key_kernel,
-        (B * H * runs, 1),
-        (*layout.strides, *weight, *mask, factor, H, M, run, runs),
+        (programs, 1),
+        (*layout.strides, *side.numbers, factor, H, M, run, side.sequences or runs),
         {
             "K": K,
             "V": V,
@@ -176,6 +201,8 @@ def plan_grad_key(
             "UNIT": layout.unit,
             "SAME": layout.same and tiling.uniform,
             "FEATURE_MAP": feature_map,
+            "POWER": side.power,
+            "ROTARY": side.rotary,
             "NORMALIZE": normalize,
             "ACC": Tiling.acc(dtype),
             "PRECISION": tiling.precision,
@@ -191,29 +218,23 @@ def launch_grad_key(
     dstate: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
+    side: Side,
     feature_map: str,
     normalize: bool,
     factor: float,
     *,
     count: torch.Tensor | None = None,
-    weight: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
     dweight: torch.Tensor | None = None,
 ) -> None:
-    """Fill `dk`, `dv` and, with `weight`, `dweight` `(B, H, M)` from the scaled state's gradient.
+    """Fill `dk`, `dv` and, with a weight, `dweight` `(B, H, M)` from the scaled state's gradient.
 
-    `factor` and `count` are as for `launch_output`, `weight` and `mask` as for `launch_state`.
+    `factor` and `count` are as for `launch_output`.
     """
-    B, H, M, K = k.shape
-    V = v.shape[-1]
-    if Tiling.of("grad_key", k.dtype, K, V).wide:
-        launch_output(
-            k, dstate, dv, feature_map, False, factor, 0.0, count=count, weight=weight, mask=mask
-        )
-        chunk, _ = Tiling.of("grad_feature", k.dtype, K, V).run(B * H, M)
+    if Tiling.of("grad_key", k.dtype, k.shape[-1], v.shape[-1], side.rotary).wide:
+        launch_output(k, dstate, dv, feature_map, False, factor, 0.0, side=side, count=count)
         launch_grad_feature(
-            k, v, dstate, dk, chunk, feature_map, normalize, factor,
-            count=count, weight=weight, mask=mask, dweight=dweight,
+            k, v, dstate, dk, side, 1, feature_map, normalize, factor,
+            count=count, dweight=dweight,
         )  # fmt: skip
         return
     launch = plan_grad_key(
@@ -221,11 +242,10 @@ def launch_grad_key(
         Axes(v.shape, v.stride()),
         Axes(dk.shape, dk.stride()),
         Axes(dv.shape, dv.stride()),
-        (0, 0, 0) if weight is None else weight.stride(),
-        (0, 0) if mask is None else mask.stride(),
+        side.plan,
         k.dtype,
         feature_map,
         normalize,
         factor,
     )
-    launch(k, v, dstate, count, weight, mask, dk, dv, dweight)
+    launch(k, v, dstate, count, *side.tensors, dk, dv, dweight)

@@ -17,11 +17,15 @@ from functools import lru_cache
 import torch
 import triton.language as tl
 
-from .features import feature, feature_gradient
+from .features import feature_gradient, features, load_columns
 from .grad_feature import launch_grad_feature
 from .launch import Launch, kernel
 from .memory import Axes, Layout
-from .state import launch_partial_state, sum_splits
+from .programs import locate
+from .rotary import load_table, rotate
+from .side import Side, SidePlan
+from .state import launch_partial_state
+from .sums import sum_partial
 from .tiles import (
     head_offset,
     load_key_sum,
@@ -43,40 +47,47 @@ from .tiling import Tiling
 
 @kernel
 def grad_query_kernel(
-    q, do, state, inverse, count, dq, partial,
+    q, do, state, inverse, count, table, rows, columns, cu, dq, dweight, partial,
     stride_qb: "i64", stride_qh: "i64", stride_qn: "i64", stride_qd: "i64",
     stride_ob: "i64", stride_oh: "i64", stride_on: "i64", stride_od: "i64",
     stride_gb: "i64", stride_gh: "i64", stride_gn: "i64", stride_gd: "i64",
-    factor: "fp64",
+    stride_th: "i64", factor: "fp64",
     H: "i32", group: "i32", N: "i32", chunk: "i32", splits: "i32",
     K: tl.constexpr, V: tl.constexpr,
-    BLOCK_N: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    K0: tl.constexpr, K1: tl.constexpr, KB: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     ORDER_Q: tl.constexpr, ORDER_O: tl.constexpr, ORDER_G: tl.constexpr, UNIT: tl.constexpr,
     SAME: tl.constexpr,
-    FEATURE_MAP: tl.constexpr, NORMALIZE: tl.constexpr,
+    FEATURE_MAP: tl.constexpr, POWER: tl.constexpr, ROTARY: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # Heads fastest, as in `state_kernel`.
-    i_bsh = tl.program_id(0).to(tl.int64)
-    i_b, i_s, i_h = i_bsh // H // splits, i_bsh // H % splits, i_bsh % H
+    i_b, i_h, i_x, start, end, row = locate(cu, H, N, chunk, splits)
     i_bh = i_b * H + i_h
-    factor = mean_factor(factor, count, i_b, ACC)
+    factor = mean_factor(factor, count, i_x, ACC)
+    if table is not None:
+        table += i_h * stride_th * K
+    c_0, c_1 = load_columns(rows, columns, i_h, K, K0, K1, KB)
+    if rows is not None:
+        rows += i_b * 3 * N
 
     q += head_offset(i_b, i_h, stride_qb, stride_qh, ORDER_Q, UNIT)
     do += head_offset(i_b, i_h, stride_ob, stride_oh, ORDER_O, UNIT)
     dq += head_offset(i_b, i_h, stride_gb, stride_gh, ORDER_G, UNIT)
-    o_q0, o_q1 = pair_offset(stride_qn, stride_qd, 0, BLOCK_N, K0, K1, ORDER_Q, UNIT)
+    o_q0, o_q1 = pair_offset(stride_qn, stride_qd, 0, BLOCK_N, K0, K1, KB, ORDER_Q, UNIT)
     if SAME:
         o_o0, o_o1, o_g0, o_g1 = o_q0, o_q1, o_q0, o_q1
     else:
-        o_o0, o_o1 = pair_offset(stride_on, stride_od, 0, BLOCK_N, V0, V1, ORDER_O, UNIT)
-        o_g0, o_g1 = pair_offset(stride_gn, stride_gd, 0, BLOCK_N, K0, K1, ORDER_G, UNIT)
+        o_o0, o_o1 = pair_offset(stride_on, stride_od, 0, BLOCK_N, V0, V1, V0, ORDER_O, UNIT)
+        o_g0, o_g1 = pair_offset(stride_gn, stride_gd, 0, BLOCK_N, K0, K1, KB, ORDER_G, UNIT)
     dtype: tl.constexpr = q.dtype.element_ty
 
-    state += (i_b * (H // group) + i_h // group) * (K * V + K)
-    b_s00, b_s01, b_s10, b_s11, s_scale = load_state(state, factor, 0, K, V, K0, K1, V0, V1, dtype)
+    state += (i_x * (H // group) + i_h // group) * (K * V + K)
+    b_s00, b_s01, b_s10, b_s11, s_scale = load_state(
+        state, factor, 0, K, V, K0, K1, KB, V0, V1, dtype
+    )
     if NORMALIZE:
-        b_z0, b_z1 = load_key_sum(state, factor, K, V, K0, K1)
+        b_z0, b_z1 = load_key_sum(state, factor, K, V, K0, K1, KB)
 
     b_ds00 = tl.zeros((K0, V0), dtype=ACC)
     # Kept two-dimensional until the end: one reduction over tokens instead of one a block.
@@ -90,16 +101,14 @@ def grad_query_kernel(
     if K1 * V1 > 0:
         b_ds11 = tl.zeros((K1, V1), dtype=ACC)
 
-    start = i_s.to(tl.int32) * chunk
-    end = tl.minimum(start + chunk, N)
     for i_n in range(start, end, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N)
         m_n = o_n < end
         p_q = q + token_offset(i_n, stride_qn, ORDER_Q, UNIT)
         p_o = do + token_offset(i_n, stride_on, ORDER_O, UNIT)
         p_g = dq + token_offset(i_n, stride_gn, ORDER_G, UNIT)
-        b_q0, b_q1 = load_pair(p_q, o_q0, o_q1, m_n, 0, K, K0, K1)
-        b_do0, b_do1 = load_pair(p_o, o_o0, o_o1, m_n, 0, V, V0, V1)
+        b_q0, b_q1 = load_pair(p_q, o_q0, o_q1, m_n, 0, K, K0, K1, KB)
+        b_do0, b_do1 = load_pair(p_o, o_o0, o_o1, m_n, 0, V, V0, V1, V0)
 
         b_g0 = tl.zeros((BLOCK_N, K0), dtype=ACC)
         b_g0 = product(b_do0, tl.trans(b_s00), b_g0, PRECISION)
@@ -108,20 +117,26 @@ def grad_query_kernel(
         # Never true; it puts q into the registers of the thread that holds the same element
         # of g, so that phi is computed once and the sums over K stay within a few threads.
         b_q0 = tl.where(b_g0 > float("inf"), 0.0, b_q0)
-        b_f0 = feature(b_q0.to(ACC), FEATURE_MAP)
-        b_g1, b_f1 = b_g0, b_f0
+        b_g1 = b_g0
         if K1 > 0:
             b_g1 = tl.zeros((BLOCK_N, K1), dtype=ACC)
             b_g1 = product(b_do0, tl.trans(b_s10), b_g1, PRECISION)
             if V1 > 0:
                 b_g1 = product(b_do1, tl.trans(b_s11), b_g1, PRECISION)
             b_q1 = tl.where(b_g1 > float("inf"), 0.0, b_q1)
-            b_f1 = feature(b_q1.to(ACC), FEATURE_MAP)
+        b_f0, b_f1 = features(b_q0, b_q1, rows, c_0, c_1, o_n, m_n, N, K1, FEATURE_MAP, POWER, ACC)
         if dtype == tl.float16:
             b_g0, b_g1 = b_g0 * s_scale, b_g1 * s_scale
 
         a_scale = 1.0
         b_a0, b_a1 = b_f0, b_f1
+        if table is not None:
+            b_t0, b_t1 = load_table(table, i_n, m_n, K, K0, K1, KB, BLOCK_N)
+            b_t0 = tl.where(b_g0 > float("inf"), 0.0, b_t0)
+            if K1 > 0:
+                b_t1 = tl.where(b_g1 > float("inf"), 0.0, b_t1)
+            b_a0, b_a1 = rotate(b_f0, b_f1, b_t0, b_t1, K1, ROTARY, False)
+            b_g0, b_g1 = rotate(b_g0, b_g1, b_t0, b_t1, K1, ROTARY, True)
         if NORMALIZE:
             b_fg = tl.sum(b_f0 * b_g0, 1)
             if K1 > 0:
@@ -129,7 +144,7 @@ def grad_query_kernel(
             # 0 beyond the end, where rows must add nothing.
             b_inv = tl.load(inverse + i_bh * N + o_n, mask=m_n, other=0.0)
             b_dden = -(b_fg * b_inv) * b_inv
-            b_a0, b_a1 = b_f0 * b_inv[:, None], b_f1 * b_inv[:, None]
+            b_a0, b_a1 = b_a0 * b_inv[:, None], b_a1 * b_inv[:, None]
             b_dz0 += b_f0 * b_dden[:, None]
             b_g0 = b_g0 * b_inv[:, None] + b_dden[:, None] * b_z0[None, :]
             if K1 > 0:
@@ -151,15 +166,20 @@ def grad_query_kernel(
             if V1 > 0:
                 b_ds11 = scaled_product(b_a1, b_do1, b_ds11, a_scale, PRECISION)
 
+        if dweight is not None:
+            b_dw = tl.sum(b_f0 * b_g0, 1)
+            if K1 > 0:
+                b_dw += tl.sum(b_f1 * b_g1, 1)
+            tl.store(dweight + i_bh * N + o_n, b_dw, mask=m_n)
         b_dq0 = feature_gradient(b_g0, b_f0, FEATURE_MAP)
         b_dq1 = b_dq0
         if K1 > 0:
             b_dq1 = feature_gradient(b_g1, b_f1, FEATURE_MAP)
-        store_pair(p_g, b_dq0, b_dq1, o_g0, o_g1, m_n, 0, K, K0, K1)
+        store_pair(p_g, b_dq0, b_dq1, o_g0, o_g1, m_n, 0, K, K0, K1, KB)
 
-    partial += (i_bh * splits + i_s) * (K * V + K)
-    store_state(partial, b_ds00, b_ds01, b_ds10, b_ds11, 0, K, V, K0, K1, V0, V1)
-    store_key_sum(partial, tl.sum(b_dz0, 0), tl.sum(b_dz1, 0), K, V, K0, K1)
+    partial += row * (K * V + K)
+    store_state(partial, b_ds00, b_ds01, b_ds10, b_ds11, 0, K, V, K0, K1, KB, V0, V1)
+    store_key_sum(partial, tl.sum(b_dz0, 0), tl.sum(b_dz1, 0), K, V, K0, K1, KB)
 
 
 @lru_cache(maxsize=1024)
@@ -167,22 +187,24 @@ def plan_grad_query(
     q: Axes,
     do: Axes,
     dq: Axes,
+    side: SidePlan,
     group: int,
     dtype: torch.dtype,
     feature_map: str,
     normalize: bool,
     factor: float,
-) -> tuple[Launch, tuple[int, ...], torch.dtype]:
-    """(launch, shape and dtype of the partial sums)."""
+) -> tuple[Launch, int, tuple[int, ...], torch.dtype]:
+    """(launch, chunk, shape and dtype of the partial sums)."""
     B, H, N, K = q.shape
     V = do.shape[-1]
-    tiling = Tiling.of("grad_query", dtype, K, V)
+    tiling = Tiling.of("grad_query", dtype, K, V, side.rotary)
     chunk, splits = tiling.split(N)
+    programs = side.programs(B * H, H, N, chunk, splits)
     layout = Layout.of(dtype.itemsize, q, do, dq)
     launch = Launch(
         grad_query_kernel,
-        (B * H * splits, 1),
-        (*layout.strides, factor, H, group, N, chunk, splits),
+        (programs, 1),
+        (*layout.strides, side.table, factor, H, group, N, chunk, side.sequences or splits),
         {
             "K": K,
             "V": V,
@@ -194,6 +216,8 @@ def plan_grad_query(
             "UNIT": layout.unit,
             "SAME": layout.same and tiling.uniform,
             "FEATURE_MAP": feature_map,
+            "POWER": side.power,
+            "ROTARY": side.rotary,
             "NORMALIZE": normalize,
             "ACC": Tiling.acc(dtype),
             "PRECISION": tiling.precision,
@@ -201,7 +225,8 @@ def plan_grad_query(
         tiling.num_warps,
         tiling.num_stages,
     )
-    return launch, (B * H, splits, K * V + K), tiling.acc_dtype
+    rows = (programs // H, H) if side.sequences else (B, H, splits)
+    return launch, chunk, (*rows, K * V + K), tiling.acc_dtype
 
 
 def launch_grad_query(
@@ -211,32 +236,43 @@ def launch_grad_query(
     inverse: torch.Tensor | None,
     count: torch.Tensor | None,
     dq: torch.Tensor,
+    side: Side,
+    key_heads: int,
     feature_map: str,
     factor: float,
+    dweight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Fill `dq` and return the gradient `(B * Hk, K * V + K)` of the scaled state (S', z').
 
     `inverse` `(B, H, N)` is what the forward pass wrote, or None without a denominator; `factor`
-    and `count` are as for `launch_output`.
+    and `count` are as for `launch_output`. `dweight` `(B, H, N)` is for phi(q) . dphi(q).
     """
-    if Tiling.of("grad_query", q.dtype, q.shape[-1], do.shape[-1]).wide:
-        chunk, partial = launch_partial_state(q, do, inverse, None, feature_map, sum_keys=False)
-        launch_grad_feature(
-            q, do, state, dq, chunk, feature_map, inverse is not None, factor,
-            inverse=inverse, count=count, partial=partial,
+    (_, H, N, K), V = q.shape, do.shape[-1]
+    group = H // key_heads
+    sums = key_heads, side.cu_seqlens
+    if Tiling.of("grad_query", q.dtype, K, V, side.rotary).wide:
+        dstate = torch.empty_like(state)
+        weighted = side._replace(weight=inverse)
+        chunk, partial = launch_partial_state(q, do, weighted, feature_map, sum_keys=False)
+        sum_partial(partial, *sums, chunk, N, dstate[:, : K * V])
+        chunk, partial = launch_grad_feature(
+            q, do, state, dq, side, group, feature_map, inverse is not None, factor,
+            inverse=inverse, count=count, dweight=dweight,
         )  # fmt: skip
-    else:
-        launch, shape, dtype = plan_grad_query(
-            Axes(q.shape, q.stride()),
-            Axes(do.shape, do.stride()),
-            Axes(dq.shape, dq.stride()),
-            q.shape[0] * q.shape[1] // state.shape[0],
-            q.dtype,
-            feature_map,
-            inverse is not None,
-            factor,
-        )
-        partial = q.new_empty(shape, dtype=dtype)
-        launch(q, do, state, inverse, count, dq, partial)
-    # The query heads that share a key head lie side by side.
-    return sum_splits(partial.view(state.shape[0], -1, partial.shape[-1]))
+        if partial is not None:
+            sum_partial(partial, *sums, chunk, N, dstate[:, K * V :])
+        return dstate
+    launch, chunk, shape, dtype = plan_grad_query(
+        Axes(q.shape, q.stride()),
+        Axes(do.shape, do.stride()),
+        Axes(dq.shape, dq.stride()),
+        side.plan,
+        group,
+        q.dtype,
+        feature_map,
+        inverse is not None,
+        factor,
+    )
+    partial = q.new_empty(shape, dtype=dtype)
+    launch(q, do, state, inverse, count, *side.tensors[2:], dq, dweight, partial)
+    return sum_partial(partial, *sums, chunk, N)

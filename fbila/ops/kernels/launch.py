@@ -68,11 +68,50 @@ class Launch:
         pointers = [None if x is None else x.data_ptr() for x in tensors]
         # Triton makes use of pointers that are multiples of 16 bytes.
         key = (device, *[None if p is None else p % 16 == 0 for p in pointers])
-        compiled = self.compiled.get(key)
-        if compiled is None:
-            self.compiled[key] = self.kernel[self.grid](
+        start = self.compiled.get(key)
+        if start is None:
+            compiled = self.kernel[self.grid](
                 *tensors, *self.numbers, **self.constants, **self.options
             )
+            self.compiled[key] = self._starter(compiled, device)
         else:
-            stream = torch._C._cuda_getCurrentRawStream(device)
-            compiled[self.grid](*pointers, *self.tail, stream=stream)
+            start(*pointers)
+
+    def _starter(self, compiled: Any, device: int) -> Callable[..., None]:
+        """A function of the pointers that calls the driver, not by way of `compiled[grid]`."""
+        run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+        grid, tail = self.grid, self.tail
+        stream_of = torch._C._cuda_getCurrentRawStream
+
+        def start(*pointers: int | None) -> None:
+            # No metadata for hooks, and no hooks on entry and exit.
+            run(*grid, stream_of(device), function, metadata, None, None, None, *pointers, *tail)
+
+        return start
+
+
+class Starts:
+    """The launches of a pass, ready to be called with pointers, once each has run as a `Launch`.
+
+    presence: for each launch, which of its tensors are there; all are multiples of 16 bytes.
+    """
+
+    def __init__(self, launches: list[Launch], presence: list[list[bool]]) -> None:
+        self.launches = launches
+        self.presence = [[True if there else None for there in row] for row in presence]
+        self.ready: dict[int, list[Callable[..., None]]] = {}
+
+    def of(self, device: int, pointers: int) -> list[Callable[..., None]] | None:
+        """On the current device alone, for pointers whose bitwise or is `pointers`."""
+        if pointers % 16 or device != torch._C._cuda_getDevice():
+            return None
+        starts = self.ready.get(device)
+        if starts is None:
+            starts = [
+                launch.compiled.get((device, *row))
+                for launch, row in zip(self.launches, self.presence, strict=True)
+            ]
+            if any(start is None for start in starts):
+                return None
+            self.ready[device] = starts
+        return starts

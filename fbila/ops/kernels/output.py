@@ -11,9 +11,12 @@ from functools import lru_cache
 import torch
 import triton.language as tl
 
-from .features import feature
+from .features import features, load_columns
 from .launch import Launch, kernel
 from .memory import Axes, Layout
+from .programs import locate
+from .rotary import load_table, rotate
+from .side import PLAIN, Side, SidePlan
 from .tiles import (
     column_operand,
     head_offset,
@@ -24,6 +27,7 @@ from .tiles import (
     mean_factor,
     pair_offset,
     product,
+    row_scale,
     store_pair,
     token_offset,
 )
@@ -32,82 +36,99 @@ from .tiling import Tiling
 
 @kernel
 def output_kernel(
-    q, state, o, inverse, count, weight, mask,
+    q, state, o, inverse, count, weight, mask, table, rows, columns, cu,
     stride_qb: "i64", stride_qh: "i64", stride_qn: "i64", stride_qd: "i64",
     stride_ob: "i64", stride_oh: "i64", stride_on: "i64", stride_od: "i64",
     stride_wb: "i64", stride_wh: "i64", stride_wn: "i64", stride_mb: "i64", stride_mn: "i64",
+    stride_th: "i64",
     factor: "fp64", eps: "fp64",
     H: "i32", group: "i32", N: "i32", run: "i32", runs: "i32",
     K: tl.constexpr, V: tl.constexpr,
-    BLOCK_N: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    K0: tl.constexpr, K1: tl.constexpr, KB: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     ORDER_Q: tl.constexpr, ORDER_O: tl.constexpr, UNIT: tl.constexpr, SAME: tl.constexpr,
-    FEATURE_MAP: tl.constexpr, NORMALIZE: tl.constexpr, MEAN: tl.constexpr,
+    FEATURE_MAP: tl.constexpr, POWER: tl.constexpr, ROTARY: tl.constexpr,
+    NORMALIZE: tl.constexpr, MEAN: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # Heads fastest, as in `state_kernel`.
-    i_brh = tl.program_id(0).to(tl.int64)
-    i_b, i_r, i_h = i_brh // H // runs, i_brh // H % runs, i_brh % H
+    i_b, i_h, i_x, start, end, _ = locate(cu, H, N, run, runs)
     first_v = tl.program_id(1) * (V0 + V1)
-    factor = mean_factor(factor, count if MEAN else None, i_b, ACC)
+    factor = mean_factor(factor, count if MEAN else None, i_x, ACC)
     eps = tl.full((), eps, ACC)
     if count is not None:
         # No keys, no output: 0, not 0 / 0 where eps = 0.
-        eps = tl.where(tl.load(count + i_b) == 0, 1.0, eps)
+        eps = tl.where(tl.load(count + i_x) == 0, 1.0, eps)
     if weight is not None:
         weight += i_b * stride_wb + i_h * stride_wh
     if mask is not None:
         mask += i_b * stride_mb
+    if table is not None:
+        table += i_h * stride_th * K
+    c_0, c_1 = load_columns(rows, columns, i_h, K, K0, K1, KB)
+    if rows is not None:
+        rows += i_b * 3 * N
 
     q += head_offset(i_b, i_h, stride_qb, stride_qh, ORDER_Q, UNIT)
     o += head_offset(i_b, i_h, stride_ob, stride_oh, ORDER_O, UNIT)
-    o_q0, o_q1 = pair_offset(stride_qn, stride_qd, 0, BLOCK_N, K0, K1, ORDER_Q, UNIT)
+    o_q0, o_q1 = pair_offset(stride_qn, stride_qd, 0, BLOCK_N, K0, K1, KB, ORDER_Q, UNIT)
     if SAME:
         o_o0, o_o1 = o_q0, o_q1
     else:
-        o_o0, o_o1 = pair_offset(stride_on, stride_od, first_v, BLOCK_N, V0, V1, ORDER_O, UNIT)
+        o_o0, o_o1 = pair_offset(stride_on, stride_od, first_v, BLOCK_N, V0, V1, V0, ORDER_O, UNIT)
     dtype: tl.constexpr = q.dtype.element_ty
     HALF: tl.constexpr = (dtype == tl.float16) or (dtype == tl.bfloat16)
+    # The focused map of a head may be below float16's range, where o is none the less of v's size.
+    BY_ROW: tl.constexpr = rows is not None and dtype == tl.float16
 
-    state += (i_b * (H // group) + i_h // group) * (K * V + K)
+    state += (i_x * (H // group) + i_h // group) * (K * V + K)
     b_s00, b_s01, b_s10, b_s11, s_scale = load_state(
-        state, factor, first_v, K, V, K0, K1, V0, V1, dtype
+        state, factor, first_v, K, V, K0, K1, KB, V0, V1, dtype
     )
     if NORMALIZE:
-        b_z0, b_z1 = load_key_sum(state, factor, K, V, K0, K1)
+        b_z0, b_z1 = load_key_sum(state, factor, K, V, K0, K1, KB)
         if HALF:
             b_c0, c_scale0 = column_operand(b_z0, dtype)
             if K1 > 0:
                 b_c1, c_scale1 = column_operand(b_z1, dtype)
 
-    start = i_r.to(tl.int32) * run
-    for i_n in range(start, tl.minimum(start + run, N), BLOCK_N):
+    for i_n in range(start, end, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N)
-        m_n = o_n < N
+        m_n = o_n < end
         p_q = q + token_offset(i_n, stride_qn, ORDER_Q, UNIT)
         p_o = o + token_offset(i_n, stride_on, ORDER_O, UNIT)
-        b_q0, b_q1 = load_pair(p_q, o_q0, o_q1, m_n, 0, K, K0, K1)
-        b_f0 = feature(b_q0.to(ACC), FEATURE_MAP)
-        b_a0 = b_f0.to(dtype)
+        b_q0, b_q1 = load_pair(p_q, o_q0, o_q1, m_n, 0, K, K0, K1, KB)
+        b_f0, b_f1 = features(b_q0, b_q1, rows, c_0, c_1, o_n, m_n, N, K1, FEATURE_MAP, POWER, ACC)
+        b_r0, b_r1 = b_f0, b_f1
+        if table is not None:
+            b_t0, b_t1 = load_table(table, i_n, m_n, K, K0, K1, KB, BLOCK_N)
+            b_r0, b_r1 = rotate(b_f0, b_f1, b_t0, b_t1, K1, ROTARY, False)
+        if BY_ROW:
+            b_row = row_scale(b_f0, b_f1, K1)
+            b_f0, b_f1 = b_f0 / b_row[:, None], b_f1 / b_row[:, None]
+            b_r0, b_r1 = b_f0, b_f1
+        b_a0 = b_r0.to(dtype)
         b_o0 = product(b_a0, b_s00, tl.zeros((BLOCK_N, V0), dtype=ACC), PRECISION)
         b_o1 = b_o0
         if V1 > 0:
             b_o1 = product(b_a0, b_s01, tl.zeros((BLOCK_N, V1), dtype=ACC), PRECISION)
         if K1 > 0:
-            b_f1 = feature(b_q1.to(ACC), FEATURE_MAP)
-            b_a1 = b_f1.to(dtype)
+            b_a1 = b_r1.to(dtype)
             b_o0 = product(b_a1, b_s10, b_o0, PRECISION)
             if V1 > 0:
                 b_o1 = product(b_a1, b_s11, b_o1, PRECISION)
         if NORMALIZE:
             if HALF:
-                b_den = tl.sum(tl.dot(b_a0, b_c0, out_dtype=ACC), 1) * c_scale0 + eps
+                b_den = tl.dot(b_f0.to(dtype), b_c0, out_dtype=ACC)
+                b_den = tl.sum(b_den, 1) * c_scale0
                 if K1 > 0:
-                    b_den += tl.sum(tl.dot(b_a1, b_c1, out_dtype=ACC), 1) * c_scale1
+                    b_den += tl.sum(tl.dot(b_f1.to(dtype), b_c1, out_dtype=ACC), 1) * c_scale1
             else:
-                b_den = tl.sum(b_f0 * b_z0[None, :], 1) + eps
+                b_den = tl.sum(b_f0 * b_z0[None, :], 1)
                 if K1 > 0:
                     b_den += tl.sum(b_f1 * b_z1[None, :], 1)
-            b_inv = 1.0 / b_den
+            if BY_ROW:
+                b_den *= b_row
+            b_inv = 1.0 / (b_den + eps)
             if inverse is not None:  # noqa: SIM102 - known when compiled, the next one is not
                 if first_v == 0:
                     tl.store(inverse + (i_b * H + i_h) * N + o_n, b_inv, mask=m_n)
@@ -115,6 +136,8 @@ def output_kernel(
             b_o0, b_o1 = b_o0 * b_inv[:, None], b_o1 * b_inv[:, None]
         elif dtype == tl.float16:
             b_o0, b_o1 = b_o0 * s_scale, b_o1 * s_scale
+        if BY_ROW:
+            b_o0, b_o1 = b_o0 * b_row[:, None], b_o1 * b_row[:, None]
         if weight is not None:
             b_w = tl.load(weight + o_n.to(tl.int64) * stride_wn, mask=m_n, other=0.0).to(ACC)
             b_o0, b_o1 = b_o0 * b_w[:, None], b_o1 * b_w[:, None]
@@ -122,15 +145,14 @@ def output_kernel(
             m_k = key_rows(mask, o_n, m_n, stride_mn)
             b_o0 = tl.where(m_k[:, None], b_o0, 0.0)
             b_o1 = tl.where(m_k[:, None], b_o1, 0.0)
-        store_pair(p_o, b_o0, b_o1, o_o0, o_o1, m_n, first_v, V, V0, V1)
+        store_pair(p_o, b_o0, b_o1, o_o0, o_o1, m_n, first_v, V, V0, V1, V0)
 
 
 @lru_cache(maxsize=1024)
 def plan_output(
     q: Axes,
     o: Axes,
-    weight: tuple[int, ...],
-    mask: tuple[int, ...],
+    side: SidePlan,
     group: int,
     dtype: torch.dtype,
     feature_map: str,
@@ -141,13 +163,14 @@ def plan_output(
 ) -> Launch:
     B, H, N, K = q.shape
     V = o.shape[-1]
-    tiling = Tiling.of("output", dtype, K, V)
+    tiling = Tiling.of("output", dtype, K, V, side.rotary)
     run, runs = tiling.run(B * H, N)
+    programs = side.programs(B * H, H, N, run, runs)
     layout = Layout.of(dtype.itemsize, q, o)
     return Launch(
         output_kernel,
-        (B * H * runs, tiling.groups),
-        (*layout.strides, *weight, *mask, factor, eps, H, group, N, run, runs),
+        (programs, tiling.groups),
+        (*layout.strides, *side.numbers, factor, eps, H, group, N, run, side.sequences or runs),
         {
             "K": K,
             "V": V,
@@ -158,6 +181,8 @@ def plan_output(
             "UNIT": layout.unit,
             "SAME": layout.same and tiling.uniform,
             "FEATURE_MAP": feature_map,
+            "POWER": side.power,
+            "ROTARY": side.rotary,
             "NORMALIZE": normalize,
             "MEAN": mean,
             "ACC": Tiling.acc(dtype),
@@ -177,24 +202,23 @@ def launch_output(
     factor: float,
     eps: float,
     *,
+    side: Side = PLAIN,
+    group: int = 1,
     inverse: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
     mean: bool = True,
-    weight: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
 ) -> None:
     """Fill `o`, and `inverse` `(B, H, N)` where given.
 
     S and z are scaled by `factor`, or with `mean` by 1 / `count` `(B,)` where that is given, before
-    `eps` is added. Where the count is 0, o is. Rows of o are multiplied by `weight` `(B, H, N)`,
-    and 0 where `mask` `(B, N)` is False.
+    `eps` is added. Where the count is 0, o is. `group` query heads share a state. Rows of o are
+    multiplied by the weight of `side`, and 0 where its mask is.
     """
     launch = plan_output(
         Axes(q.shape, q.stride()),
         Axes(o.shape, o.stride()),
-        (0, 0, 0) if weight is None else weight.stride(),
-        (0, 0) if mask is None else mask.stride(),
-        q.shape[0] * q.shape[1] // state.shape[0],
+        side.plan,
+        group,
         q.dtype,
         feature_map,
         normalize,
@@ -202,4 +226,4 @@ def launch_output(
         factor,
         eps,
     )
-    launch(q, state, o, inverse, count, weight, mask)
+    launch(q, state, o, inverse, count, *side.tensors)

@@ -13,9 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .features import feature
+from .features import features, load_columns
 from .launch import Launch, kernel
 from .memory import Axes, Layout
+from .programs import locate
+from .rotary import load_table, rotate
+from .side import Side, SidePlan
+from .sums import sum_partial
 from .tiles import (
     head_offset,
     key_rows,
@@ -34,36 +38,41 @@ from .tiling import Tiling
 
 @kernel
 def state_kernel(
-    k, v, weight, mask, partial,
+    k, v, weight, mask, table, rows, columns, cu, partial,
     stride_kb: "i64", stride_kh: "i64", stride_km: "i64", stride_kd: "i64",
     stride_vb: "i64", stride_vh: "i64", stride_vm: "i64", stride_vd: "i64",
     stride_wb: "i64", stride_wh: "i64", stride_wm: "i64", stride_mb: "i64", stride_mm: "i64",
+    stride_th: "i64",
     H: "i32", M: "i32", chunk: "i32", splits: "i32",
     K: tl.constexpr, V: tl.constexpr,
-    BLOCK_M: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    K0: tl.constexpr, K1: tl.constexpr, KB: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     ORDER_K: tl.constexpr, ORDER_V: tl.constexpr, UNIT: tl.constexpr, SAME: tl.constexpr,
-    FEATURE_MAP: tl.constexpr, SUM_KEYS: tl.constexpr,
+    FEATURE_MAP: tl.constexpr, POWER: tl.constexpr, ROTARY: tl.constexpr, SUM_KEYS: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # Heads fastest: where tokens hold their heads side by side, programs that run at one time
-    # share the lines that a head's few bytes begin and end in.
-    i_bsh = tl.program_id(0).to(tl.int64)
-    i_b, i_s, i_h = i_bsh // H // splits, i_bsh // H % splits, i_bsh % H
+    i_b, i_h, _, start, end, row = locate(cu, H, M, chunk, splits)
     k += head_offset(i_b, i_h, stride_kb, stride_kh, ORDER_K, UNIT)
     v += head_offset(i_b, i_h, stride_vb, stride_vh, ORDER_V, UNIT)
     if weight is not None:
         weight += i_b * stride_wb + i_h * stride_wh
     if mask is not None:
         mask += i_b * stride_mb
+    if table is not None:
+        table += i_h * stride_th * K
+    c_0, c_1 = load_columns(rows, columns, i_h, K, K0, K1, KB)
+    if rows is not None:
+        rows += i_b * 3 * M
     first_v = tl.program_id(1) * (V0 + V1)
-    o_k0, o_k1 = pair_offset(stride_km, stride_kd, 0, BLOCK_M, K0, K1, ORDER_K, UNIT)
+    o_k0, o_k1 = pair_offset(stride_km, stride_kd, 0, BLOCK_M, K0, K1, KB, ORDER_K, UNIT)
     if SAME:
         o_v0, o_v1 = o_k0, o_k1
     else:
-        o_v0, o_v1 = pair_offset(stride_vm, stride_vd, first_v, BLOCK_M, V0, V1, ORDER_V, UNIT)
+        o_v0, o_v1 = pair_offset(stride_vm, stride_vd, first_v, BLOCK_M, V0, V1, V0, ORDER_V, UNIT)
     dtype: tl.constexpr = k.dtype.element_ty
-    # float16 ends at 65504, and what a weight makes of phi(k) may be beyond.
-    RESCALE: tl.constexpr = weight is not None and dtype == tl.float16
+    # float16 ends at 65504 and at 6e-8, and what a weight makes of phi(k), or the focused map of a
+    # head whose channels are smaller than another's, may be beyond.
+    RESCALE: tl.constexpr = (weight is not None or rows is not None) and dtype == tl.float16
 
     b_s00 = tl.zeros((K0, V0), dtype=ACC)
     # Kept two-dimensional until the end: one reduction over tokens instead of one a block.
@@ -77,21 +86,16 @@ def state_kernel(
     if K1 * V1 > 0:
         b_s11 = tl.zeros((K1, V1), dtype=ACC)
 
-    start = i_s.to(tl.int32) * chunk
-    end = tl.minimum(start + chunk, M)
     for i_m in range(start, end, BLOCK_M):
         o_m = i_m + tl.arange(0, BLOCK_M)
         m_m = key_rows(mask, o_m, o_m < end, stride_mm)
         p_k = k + token_offset(i_m, stride_km, ORDER_K, UNIT)
         p_v = v + token_offset(i_m, stride_vm, ORDER_V, UNIT)
-        b_k0, b_k1 = load_pair(p_k, o_k0, o_k1, m_m, 0, K, K0, K1)
-        b_v0, b_v1 = load_pair(p_v, o_v0, o_v1, m_m, first_v, V, V0, V1)
+        b_k0, b_k1 = load_pair(p_k, o_k0, o_k1, m_m, 0, K, K0, K1, KB)
+        b_v0, b_v1 = load_pair(p_v, o_v0, o_v1, m_m, first_v, V, V0, V1, V0)
         # phi(0) is not 0 for every map, so rows beyond the end are cleared after it: by their
         # weight, or by a select.
-        b_f0 = feature(b_k0.to(ACC), FEATURE_MAP)
-        b_f1 = b_f0
-        if K1 > 0:
-            b_f1 = feature(b_k1.to(ACC), FEATURE_MAP)
+        b_f0, b_f1 = features(b_k0, b_k1, rows, c_0, c_1, o_m, m_m, M, K1, FEATURE_MAP, POWER, ACC)
         if weight is None:
             b_f0 = tl.where(m_m[:, None], b_f0, 0.0)
             if K1 > 0:
@@ -103,6 +107,9 @@ def state_kernel(
             b_z0 += b_f0
             if K1 > 0:
                 b_z1 += b_f1
+        if table is not None:
+            b_t0, b_t1 = load_table(table, i_m, m_m, K, K0, K1, KB, BLOCK_M)
+            b_f0, b_f1 = rotate(b_f0, b_f1, b_t0, b_t1, K1, ROTARY, False)
         scale = 1.0
         if RESCALE:
             top = peak(b_f0)
@@ -120,10 +127,10 @@ def state_kernel(
             if V1 > 0:
                 b_s11 = accumulate(b_a1, b_v1, b_s11, scale, RESCALE, PRECISION)
 
-    partial += ((i_b * H + i_h) * splits + i_s) * (K * V + K)
-    store_state(partial, b_s00, b_s01, b_s10, b_s11, first_v, K, V, K0, K1, V0, V1)
+    partial += row * (K * V + (K if SUM_KEYS else 0))
+    store_state(partial, b_s00, b_s01, b_s10, b_s11, first_v, K, V, K0, K1, KB, V0, V1)
     if SUM_KEYS and first_v == 0:
-        store_key_sum(partial, tl.sum(b_z0, 0), tl.sum(b_z1, 0), K, V, K0, K1)
+        store_key_sum(partial, tl.sum(b_z0, 0), tl.sum(b_z1, 0), K, V, K0, K1, KB)
 
 
 @triton.jit
@@ -134,65 +141,21 @@ def accumulate(a, b, acc, scale, RESCALE: tl.constexpr, PRECISION: tl.constexpr)
         return product(a, b, acc, PRECISION)
 
 
-@kernel
-def sum_splits_kernel(
-    partial, state, splits: "i32", SIZE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
-):
-    blocks = (SIZE + BLOCK - 1) // BLOCK
-    i_bh = tl.program_id(0).to(tl.int64) // blocks
-    o = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    o_s = tl.arange(0, 8)
-    total = tl.zeros((BLOCK,), dtype=ACC)
-    for i_s in range(0, splits, 8):
-        row = (i_bh * splits + i_s + o_s)[:, None] * SIZE + o[None, :]
-        mask = (i_s + o_s < splits)[:, None] & (o < SIZE)[None, :]
-        total += tl.sum(tl.load(partial + row, mask=mask, other=0.0), 0)
-    tl.store(state + i_bh * SIZE + o, total, mask=o < SIZE)
-
-
-@lru_cache(maxsize=1024)
-def plan_sum(rows: int, splits: int, size: int, dtype: torch.dtype) -> Launch:
-    block = 512
-    return Launch(
-        sum_splits_kernel,
-        (rows * triton.cdiv(size, block), 1),
-        (splits,),
-        {"SIZE": size, "BLOCK": block, "ACC": Tiling.acc(dtype)},
-        num_warps=4,
-        num_stages=1,
-    )
-
-
-def sum_splits(partial: torch.Tensor) -> torch.Tensor:
-    """`(rows, splits, size)` -> `(rows, size)`, added in the order of the splits."""
-    rows, splits, size = partial.shape
-    if splits == 1:
-        return partial.view(rows, size)
-    state = partial.new_empty(rows, size)
-    plan_sum(rows, splits, size, partial.dtype)(partial, state)
-    return state
-
-
 @lru_cache(maxsize=1024)
 def plan_state(
-    k: Axes,
-    v: Axes,
-    weight: tuple[int, ...],
-    mask: tuple[int, ...],
-    dtype: torch.dtype,
-    feature_map: str,
-    sum_keys: bool,
+    k: Axes, v: Axes, side: SidePlan, dtype: torch.dtype, feature_map: str, sum_keys: bool
 ) -> tuple[Launch, int, tuple[int, ...], torch.dtype]:
     """(launch, chunk, shape and dtype of the partial sums)."""
     B, H, M, K = k.shape
     V = v.shape[-1]
-    tiling = Tiling.of("state", dtype, K, V)
+    tiling = Tiling.of("state", dtype, K, V, side.rotary)
     chunk, splits = tiling.split(M)
+    programs = side.programs(B * H, H, M, chunk, splits)
     layout = Layout.of(dtype.itemsize, k, v)
     launch = Launch(
         state_kernel,
-        (B * H * splits, tiling.groups),
-        (*layout.strides, *weight, *mask, H, M, chunk, splits),
+        (programs, tiling.groups),
+        (*layout.strides, *side.numbers, H, M, chunk, side.sequences or splits),
         {
             "K": K,
             "V": V,
@@ -203,6 +166,8 @@ def plan_state(
             "UNIT": layout.unit,
             "SAME": layout.same and tiling.uniform,
             "FEATURE_MAP": feature_map,
+            "POWER": side.power,
+            "ROTARY": side.rotary,
             "SUM_KEYS": sum_keys,
             "ACC": Tiling.acc(dtype),
             "PRECISION": tiling.precision,
@@ -210,43 +175,31 @@ def plan_state(
         tiling.num_warps,
         tiling.num_stages,
     )
-    return launch, chunk, (B * H, splits, K * V + K), tiling.acc_dtype
+    rows = (programs // H, H) if side.sequences else (B, H, splits)
+    return launch, chunk, (*rows, K * V + (K if sum_keys else 0)), tiling.acc_dtype
 
 
 def launch_partial_state(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    weight: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    feature_map: str,
-    *,
-    sum_keys: bool,
+    k: torch.Tensor, v: torch.Tensor, side: Side, feature_map: str, *, sum_keys: bool
 ) -> tuple[int, torch.Tensor]:
-    """(chunk, partial sums `(B * H, splits, K * V + K)`), one for every `chunk` of tokens.
+    """(chunk, partial sums), one for every `chunk` of tokens, as `sums.sum_partial` takes them.
 
-    `weight` is `(B, H, M)`, `mask` `(B, M)`, True where a key is there. z is left unwritten if not
-    `sum_keys`.
+    Without `sum_keys` there is no z in them.
     """
     launch, chunk, shape, dtype = plan_state(
         Axes(k.shape, k.stride()),
         Axes(v.shape, v.stride()),
-        (0, 0, 0) if weight is None else weight.stride(),
-        (0, 0) if mask is None else mask.stride(),
+        side.plan,
         k.dtype,
         feature_map,
         sum_keys,
     )
     partial = k.new_empty(shape, dtype=dtype)
-    launch(k, v, weight, mask, partial)
+    launch(k, v, *side.tensors, partial)
     return chunk, partial
 
 
-def launch_state(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    weight: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    feature_map: str,
-) -> torch.Tensor:
-    """State `(B * H, K * V + K)` of k and v, with `weight` and `mask` as above."""
-    return sum_splits(launch_partial_state(k, v, weight, mask, feature_map, sum_keys=True)[1])
+def launch_state(k: torch.Tensor, v: torch.Tensor, side: Side, feature_map: str) -> torch.Tensor:
+    """State `(B * H, K * V + K)` of k and v; packed, of each sequence: `(S * H, K * V + K)`."""
+    chunk, partial = launch_partial_state(k, v, side, feature_map, sum_keys=True)
+    return sum_partial(partial, k.shape[1], side.cu_seqlens, chunk, k.shape[2])

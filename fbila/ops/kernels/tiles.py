@@ -1,8 +1,9 @@
 """What every kernel does with tiles: where they lie, loading, storing, and tensor-core operands.
 
 A head dim is covered by one or two tiles whose widths are powers of two (40 = 32 + 16, the last
-masked): `X0` and `X1`, with `X1 = 0` where one is enough. Functions on a pair return the first
-tile twice where there is no second; the copy is never used.
+masked): `X0` and `X1`, with `X1 = 0` where one is enough. The second begins at column `XB`: at X0,
+but at half of the head dim where its halves are rotated against each other. Functions on a pair
+return the first tile twice where there is no second; the copy is never used.
 
 `ORDER` says which axis of a tensor is contiguous: "head_dim", "tokens", or "any". For the first two
 its other strides come in units of 16 bytes (`UNIT` elements), so that the compiler can prove the
@@ -50,37 +51,38 @@ def tile_offset(
 @triton.jit
 def pair_offset(
     stride_n, stride_d, first, ROWS: tl.constexpr, X0: tl.constexpr, X1: tl.constexpr,
-    ORDER: tl.constexpr, UNIT: tl.constexpr,
+    XB: tl.constexpr, ORDER: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """The offsets of both tiles of a head dim, from column `first` on."""
     offset0 = tile_offset(stride_n, stride_d, first, ROWS, X0, ORDER, UNIT)
     offset1 = offset0
     if X1 > 0:
-        offset1 = tile_offset(stride_n, stride_d, first + X0, ROWS, X1, ORDER, UNIT)
+        offset1 = tile_offset(stride_n, stride_d, first + XB, ROWS, X1, ORDER, UNIT)
     return offset0, offset1
 
 
 @triton.jit
 def load_pair(
-    pointer, offset0, offset1, rows, first, X: tl.constexpr, X0: tl.constexpr, X1: tl.constexpr
-):
+    pointer, offset0, offset1, rows, first, X: tl.constexpr, X0: tl.constexpr, X1: tl.constexpr,
+    XB: tl.constexpr,
+):  # fmt: skip
     """Both tiles of the columns from `first` up to X, zero beyond and outside `rows`."""
-    x0 = tl.load(pointer + offset0, mask=tile_mask(rows, first, X, X0), other=0.0)
+    x0 = tl.load(pointer + offset0, mask=tile_mask(rows, first, X, X0, XB), other=0.0)
     x1 = x0
     if X1 > 0:
-        x1 = tl.load(pointer + offset1, mask=tile_mask(rows, first + X0, X, X1), other=0.0)
+        x1 = tl.load(pointer + offset1, mask=tile_mask(rows, first + XB, X, X1, X1), other=0.0)
     return x0, x1
 
 
 @triton.jit
 def store_pair(
     pointer, x0, x1, offset0, offset1, rows, first,
-    X: tl.constexpr, X0: tl.constexpr, X1: tl.constexpr,
+    X: tl.constexpr, X0: tl.constexpr, X1: tl.constexpr, XB: tl.constexpr,
 ):  # fmt: skip
     dtype = pointer.dtype.element_ty
-    tl.store(pointer + offset0, x0.to(dtype), mask=tile_mask(rows, first, X, X0))
+    tl.store(pointer + offset0, x0.to(dtype), mask=tile_mask(rows, first, X, X0, XB))
     if X1 > 0:
-        tl.store(pointer + offset1, x1.to(dtype), mask=tile_mask(rows, first + X0, X, X1))
+        tl.store(pointer + offset1, x1.to(dtype), mask=tile_mask(rows, first + XB, X, X1, X1))
 
 
 @triton.jit
@@ -102,8 +104,18 @@ def key_rows(mask, o_m, m_m, stride_mm):
 
 
 @triton.jit
-def tile_mask(rows, first, X: tl.constexpr, WIDTH: tl.constexpr):
-    return rows[:, None] & ((first + tl.arange(0, WIDTH)) < X)[None, :]
+def tile_mask(rows, first, X: tl.constexpr, WIDTH: tl.constexpr, XB: tl.constexpr):
+    return rows[:, None] & column_mask(first, X, WIDTH, XB)[None, :]
+
+
+@triton.jit
+def column_mask(first, X: tl.constexpr, WIDTH: tl.constexpr, XB: tl.constexpr):
+    """Which of the columns from `first` on are among X, and in a tile that ends where XB begins."""
+    column = tl.arange(0, WIDTH)
+    inside = first + column < X
+    if XB < WIDTH:
+        inside = inside & (column < XB)
+    return inside
 
 
 @triton.jit
@@ -114,31 +126,32 @@ def state_offset(k, v, K0: tl.constexpr, V0: tl.constexpr, V: tl.constexpr):
 
 @triton.jit
 def load_state_tile(
-    state, factor, k, v, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr, V0: tl.constexpr
-):
+    state, factor, k, v, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr, V0: tl.constexpr,
+    KB: tl.constexpr,
+):  # fmt: skip
     """factor * S[k : k + K0, v : v + V0] in the accumulation type, zero outside (K, V)."""
-    mask = ((k + tl.arange(0, K0)) < K)[:, None] & ((v + tl.arange(0, V0)) < V)[None, :]
+    mask = column_mask(k, K, K0, KB)[:, None] & column_mask(v, V, V0, V0)[None, :]
     return tl.load(state + state_offset(k, v, K0, V0, V), mask=mask, other=0.0) * factor
 
 
 @triton.jit
 def load_state(
     state, factor, v, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
-    V0: tl.constexpr, V1: tl.constexpr, dtype: tl.constexpr,
+    KB: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """factor * S from column v on as operands s00, s01, s10, s11 and the scale they stand for.
 
     float16 ends at 65504 and sinks into subnormals below 6e-5, and S and dS pass both ends in
     honest use, so there they are first brought to about 2^13 by a power of two, which is exact.
     """
-    s00 = load_state_tile(state, factor, 0, v, K, V, K0, V0)
+    s00 = load_state_tile(state, factor, 0, v, K, V, K0, V0, KB)
     s01, s10, s11 = s00, s00, s00
     if V1 > 0:
-        s01 = load_state_tile(state, factor, 0, v + V0, K, V, K0, V1)
+        s01 = load_state_tile(state, factor, 0, v + V0, K, V, K0, V1, KB)
     if K1 > 0:
-        s10 = load_state_tile(state, factor, K0, v, K, V, K1, V0)
+        s10 = load_state_tile(state, factor, KB, v, K, V, K1, V0, K1)
     if K1 * V1 > 0:
-        s11 = load_state_tile(state, factor, K0, v + V0, K, V, K1, V1)
+        s11 = load_state_tile(state, factor, KB, v + V0, K, V, K1, V1, K1)
     if dtype == tl.float16:
         top = peak(s00)
         if V1 > 0:
@@ -157,36 +170,38 @@ def load_state(
 @triton.jit
 def store_state(
     pointer, s00, s01, s10, s11, v, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr,
-    K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    K1: tl.constexpr, KB: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
 ):  # fmt: skip
     """Write the tiles of S from column v on."""
-    store_state_tile(pointer, s00, 0, v, K, V, K0, V0)
+    store_state_tile(pointer, s00, 0, v, K, V, K0, V0, KB)
     if V1 > 0:
-        store_state_tile(pointer, s01, 0, v + V0, K, V, K0, V1)
+        store_state_tile(pointer, s01, 0, v + V0, K, V, K0, V1, KB)
     if K1 > 0:
-        store_state_tile(pointer, s10, K0, v, K, V, K1, V0)
+        store_state_tile(pointer, s10, KB, v, K, V, K1, V0, K1)
     if K1 * V1 > 0:
-        store_state_tile(pointer, s11, K0, v + V0, K, V, K1, V1)
+        store_state_tile(pointer, s11, KB, v + V0, K, V, K1, V1, K1)
 
 
 @triton.jit
 def store_state_tile(
-    pointer, tile, k, v, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr, V0: tl.constexpr
-):
-    mask = ((k + tl.arange(0, K0)) < K)[:, None] & ((v + tl.arange(0, V0)) < V)[None, :]
+    pointer, tile, k, v, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr, V0: tl.constexpr,
+    KB: tl.constexpr,
+):  # fmt: skip
+    mask = column_mask(k, K, K0, KB)[:, None] & column_mask(v, V, V0, V0)[None, :]
     tl.store(pointer + state_offset(k, v, K0, V0, V), tile, mask=mask)
 
 
 @triton.jit
 def load_key_sum(
-    state, factor, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr
-):
+    state, factor, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
+    KB: tl.constexpr,
+):  # fmt: skip
     """factor * z as two tiles; z lies behind S in the state's row."""
-    o_k = tl.arange(0, K0)
-    z0 = tl.load(state + K * V + o_k, mask=o_k < K, other=0.0) * factor
+    mask = column_mask(0, K, K0, KB)
+    z0 = tl.load(state + K * V + tl.arange(0, K0), mask=mask, other=0.0) * factor
     z1 = z0
     if K1 > 0:
-        p_k = K0 + tl.arange(0, K1)
+        p_k = KB + tl.arange(0, K1)
         z1 = tl.load(state + K * V + p_k, mask=p_k < K, other=0.0) * factor
     return z0, z1
 
@@ -215,12 +230,12 @@ def column_operand(x, dtype: tl.constexpr):
 
 @triton.jit
 def store_key_sum(
-    pointer, z0, z1, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr
-):
-    o_k = tl.arange(0, K0)
-    tl.store(pointer + K * V + o_k, z0, mask=o_k < K)
+    pointer, z0, z1, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
+    KB: tl.constexpr,
+):  # fmt: skip
+    tl.store(pointer + K * V + tl.arange(0, K0), z0, mask=column_mask(0, K, K0, KB))
     if K1 > 0:
-        p_k = K0 + tl.arange(0, K1)
+        p_k = KB + tl.arange(0, K1)
         tl.store(pointer + K * V + p_k, z1, mask=p_k < K)
 
 
@@ -229,6 +244,15 @@ def peak(x):
     """The largest finite |x|: an inf must stay in its own column."""
     size = tl.abs(x)
     return tl.max(tl.max(tl.where(size < float("inf"), size, 0.0), 1), 0)
+
+
+@triton.jit
+def row_scale(x0, x1, K1: tl.constexpr):
+    """`operand_scale` of each row of both tiles."""
+    top = tl.max(tl.abs(x0), 1)
+    if K1 > 0:
+        top = tl.maximum(top, tl.max(tl.abs(x1), 1))
+    return operand_scale(top)
 
 
 @triton.jit

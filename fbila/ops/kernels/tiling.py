@@ -28,58 +28,73 @@ class Schedule(NamedTuple):
     span: int
 
 
-# 16-bit types. Up to 160 wide the fastest of those measured on an H200; above, what fits. Heads
-# that are `wide` do not reach the last rows of grad_query and grad_key.
+# 16-bit types. The fastest of those measured on an H200. Heads that are `wide` do not reach the
+# last rows of grad_query and grad_key.
 SCHEDULES = {
     "state": (
         Schedule(32, 64, 2, 3, 2048),
+        Schedule(48, 32, 4, 3, 8192),
         Schedule(64, 32, 4, 3, 2048),
         Schedule(80, 32, 2, 3, 4096),
-        Schedule(128, 64, 8, 4, 4096),
-        Schedule(256, 64, 8, 3, 8192),
+        Schedule(112, 32, 4, 4, 5504),
+        Schedule(128, 32, 4, 4, 3072),
+        Schedule(160, 64, 8, 3, 8192),
+        Schedule(256, 32, 8, 3, 8192),
     ),
     "output": (
         Schedule(32, 128, 8, 4, 512),
         Schedule(48, 128, 4, 3, 512),
         Schedule(80, 64, 4, 3, 256),
-        Schedule(128, 64, 4, 4, 1024),
+        Schedule(128, 64, 4, 4, 2048),
         Schedule(160, 64, 4, 3, 2048),
-        Schedule(256, 64, 4, 2, 2048),
+        Schedule(256, 64, 4, 2, 4096),
     ),
     "grad_query": (
         Schedule(32, 64, 4, 4, 2048),
-        Schedule(48, 32, 2, 3, 2048),
-        Schedule(256, 64, 4, 4, 4096),
+        Schedule(48, 32, 2, 3, 1024),
+        Schedule(80, 64, 4, 4, 4096),
+        Schedule(112, 32, 4, 3, 2048),
+        Schedule(256, 32, 8, 3, 2048),
     ),
     "grad_feature": (
         Schedule(80, 32, 2, 3, 1024),
         Schedule(128, 64, 4, 2, 1024),
-        Schedule(160, 32, 4, 3, 1024),
-        Schedule(256, 32, 8, 2, 2048),
+        Schedule(160, 32, 4, 2, 2048),
+        Schedule(256, 32, 8, 3, 4096),
     ),
     "grad_key": (
         Schedule(32, 128, 8, 3, 256),
         Schedule(48, 128, 4, 2, 512),
-        Schedule(64, 128, 8, 3, 256),
-        Schedule(80, 64, 4, 3, 256),
-        Schedule(128, 64, 4, 2, 1024),
-        Schedule(256, 64, 4, 2, 1024),
+        Schedule(64, 64, 4, 3, 256),
+        Schedule(80, 64, 4, 3, 512),
+        Schedule(256, 64, 4, 2, 2048),
     ),
+}
+# With rotary, where others are faster: the tables take registers and shared memory.
+ROTARY_SCHEDULES = {
+    "state": (Schedule(32, 128, 4, 3, 2048),),
+    "output": (Schedule(32, 64, 4, 4, 512), Schedule(256, 64, 4, 3, 1024)),
+    "grad_query": (Schedule(32, 32, 2, 3, 2048), Schedule(64, 64, 4, 3, 4096)),
+    "grad_key": (Schedule(32, 128, 4, 3, 256),),
 }
 # float32 and float64 are not tuned. With 32 tokens the ptxas of Triton 3.6 crashes on one of the
 # float64 kernels.
-UNTUNED = {4: Schedule(256, 32, 4, 1, 2048), 8: Schedule(256, 16, 4, 1, 2048)}
+UNTUNED = {4: Schedule(256, 32, 4, 2, 2048), 8: Schedule(256, 16, 4, 1, 2048)}
 # Programs that keep a large GPU busy: a few for each of its hundred-odd multiprocessors.
 ENOUGH_PROGRAMS = 1024
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How one kernel cuts (dtype, K, V): K into tiles k0 + k1, V into `groups` of v0 + v1."""
+    """How one kernel cuts (dtype, K, V): K into tiles k0 + k1, V into `groups` of v0 + v1.
+
+    The second tile of K begins at channel kb.
+    """
 
     block_tokens: int
     k0: int
     k1: int
+    kb: int
     v0: int
     v1: int
     groups: int
@@ -87,27 +102,37 @@ class Tiling:
     num_stages: int
     span: int
     sums: bool
+    itemsize: int
     acc_dtype: torch.dtype
     precision: str
 
     @staticmethod
     @cache
-    def of(kernel: str, dtype: torch.dtype, K: int, V: int) -> "Tiling":
+    def of(kernel: str, dtype: torch.dtype, K: int, V: int, rotary: str = "none") -> "Tiling":
         if dtype == torch.float64:
             require_float64_products()
-        k0, k1 = head_dim_cover(K, kernel)
+        halves = rotary == "halves"
+        if halves:
+            # A rotation of the one half of a head dim against the other: a tile each.
+            k0 = k1 = max(16, triton.next_power_of_2(K // 2))
+            kb = K // 2
+        else:
+            k0, k1 = head_dim_cover(K, kernel)
+            kb = k0
         v0, v1 = head_dim_cover(V, kernel)
-        if kernel == "state" and k0 == 128 and 0 < k1 < 64:
+        if kernel == "state" and k0 == 128 and 0 < k1 < 64 and not halves:
             # Warp-group products have 64 rows at least.
             k1 = 64
         sums = kernel in SUMS
         largest = (LARGEST_STATE if sums else LARGEST_OPERAND)[dtype.itemsize]
         if (k0 + k1) * (v0 + v1) > largest:
             v0, v1 = max(16, 2 ** ((largest // (k0 + k1)).bit_length() - 1)), 0
-        schedule = UNTUNED.get(dtype.itemsize) or next(
-            s for s in SCHEDULES[kernel] if max(K, V) <= s.width
-        )
-        groups = triton.cdiv(V, v0 + v1)
+        schedules = SCHEDULES[kernel]
+        if rotary != "none":
+            schedules = ROTARY_SCHEDULES.get(kernel, ()) + schedules
+        schedule = UNTUNED.get(dtype.itemsize) or next(s for s in schedules if max(K, V) <= s.width)
+        # One even where there are no values: z is summed with the first.
+        groups = max(1, triton.cdiv(V, v0 + v1))
         stages = schedule.num_stages
         if kernel == "grad_feature" and groups > 1:
             # S is loaded in turn there: pipelined, it would fill the shared memory.
@@ -116,6 +141,7 @@ class Tiling:
             block_tokens=schedule.block_tokens,
             k0=k0,
             k1=k1,
+            kb=kb,
             v0=v0,
             v1=v1,
             groups=groups,
@@ -123,6 +149,7 @@ class Tiling:
             num_stages=stages,
             span=schedule.span,
             sums=sums,
+            itemsize=dtype.itemsize,
             acc_dtype=torch.float64 if dtype == torch.float64 else torch.float32,
             # float32 means float32: tf32 would keep 10 bits of 23.
             precision="ieee",
@@ -130,7 +157,7 @@ class Tiling:
 
     @property
     def cover(self) -> dict[str, int]:
-        return {"K0": self.k0, "K1": self.k1, "V0": self.v0, "V1": self.v1}
+        return {"K0": self.k0, "K1": self.k1, "KB": self.kb, "V0": self.v0, "V1": self.v1}
 
     @property
     def wide(self) -> bool:
@@ -138,15 +165,17 @@ class Tiling:
 
         That of the query sums a state on the way, that of the key does not.
         """
-        most = 64 * 64 if self.sums else 128 * 128
+        most = 128 * 128
         if self.acc_dtype == torch.float64:
             most = 32 * 32
+        elif self.sums and (self.k1 > 0 or self.v1 > 0 or self.itemsize > 2):
+            most = 64 * 64
         return self.groups > 1 or (self.k0 + self.k1) * (self.v0 + self.v1) > most
 
     @property
     def uniform(self) -> bool:
         """Whether V is cut as K is, so that their tiles can share offsets."""
-        return self.groups == 1 and (self.k0, self.k1) == (self.v0, self.v1)
+        return self.groups == 1 and (self.k0, self.k1, self.kb) == (self.v0, self.v1, self.v0)
 
     @staticmethod
     def acc(dtype: torch.dtype) -> tl.dtype:

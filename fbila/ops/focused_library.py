@@ -1,0 +1,134 @@
+"""`focused_la` as a torch.library op, and its gradient.
+
+The kernels of `linear_attn` compute f where they compute phi, from two numbers that all heads of a
+token share; `kernels/focus.py` finds those before, and takes the gradient of f to that of x after.
+`columns` is 1 / softplus(scale), `(H, K)` in the type of sums; mask and total are of the keys.
+"""
+
+import torch
+
+from .autograd import refuse_second_derivative
+from .layout import empty_like_order
+from .library import LIBRARY, backward_of, empty_inverse, empty_state, forward_of
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor columns, Tensor? key_mask, Tensor? total"
+_OPTIONS = "float power, float eps"
+LIBRARY.define(f"focused_la({_INPUTS}, {_OPTIONS}) -> Tensor")
+LIBRARY.define(
+    f"focused_la_forward({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    f"focused_la_backward(Tensor do, {_INPUTS}, Tensor state, Tensor inverse, Tensor q_rows, "
+    f"Tensor k_rows, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def inference(q, k, v, columns, key_mask, total, power, eps):
+    """o `(B, H, N, V)`."""
+    return _forward(q, k, v, columns, key_mask, total, None, power, eps)[0]
+
+
+def forward(q, k, v, columns, key_mask, total, power, eps):
+    """o, and for the backward pass the state, 1 / denominator and the rows of q and k."""
+    inverse = empty_inverse(q, "mean")
+    o, state, q_rows, k_rows = _forward(q, k, v, columns, key_mask, total, inverse, power, eps)
+    return o, state, inverse, q_rows, k_rows
+
+
+def _forward(q, k, v, columns, key_mask, total, inverse, power, eps):
+    from .kernels.focus import launch_focus_rows
+
+    o = empty_like_order(q, v.shape[-1])
+    if o.numel() == 0 or k.shape[2] == 0:
+        if inverse is not None:
+            inverse.zero_()
+        rows = (_empty_rows(x, columns).zero_() for x in (q, k))
+        return o.zero_(), empty_state(k, v).zero_(), *rows
+    q_rows = launch_focus_rows(q, columns, None, power)
+    k_rows = launch_focus_rows(k, columns, key_mask, power)
+    sides = _sides(columns, key_mask, q_rows, k_rows, power)
+    state = forward_of(q, k, v, *sides, total, o, inverse, "focused", "mean", 1.0, eps)
+    return o, state, q_rows, k_rows
+
+
+def _empty_rows(x, columns):
+    return columns.new_empty(x.shape[0], 3, x.shape[2])
+
+
+def _sides(columns, key_mask, q_rows, k_rows, power):
+    from .kernels.side import Side
+
+    query = Side(rows=q_rows, columns=columns, power=power)
+    return query, query._replace(rows=k_rows, mask=key_mask)
+
+
+def backward(do, q, k, v, columns, key_mask, total, state, inverse, q_rows, k_rows, power, eps):
+    """dq, dk, dv and the gradient of columns."""
+    from .kernels.grad_focus import launch_focus_gradient
+
+    dq, dk, dv, dcolumns = _empty_gradients(q, k, v, columns)
+    if do.numel() == 0 or k.shape[2] == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_(), dcolumns.zero_()
+    sides = _sides(columns, key_mask, q_rows, k_rows, power)
+    q_along, k_along = (columns.new_empty(x.shape[:3]) for x in (q, k))
+    backward_of(
+        do, q, k, v, *sides, total, state, inverse, dq, dk, dv, k_along, "focused", "mean", 1.0,
+        needs_keys=True, query_dw=q_along,
+    )  # fmt: skip
+    # So far dq and dk are those of f(q) and f(k), times these.
+    of_queries = launch_focus_gradient(q, dq, columns, q_rows, q_along.sum(1), None, power)
+    of_keys = launch_focus_gradient(k, dk, columns, k_rows, k_along.sum(1), key_mask, power)
+    return dq, dk, dv, of_queries + of_keys
+
+
+def _empty_gradients(q, k, v, columns):
+    gradients = (empty_like_order(x, x.shape[-1]) for x in (q, k, v))
+    return (*gradients, torch.empty_like(columns))
+
+
+for _name, _implementation in (
+    ("focused_la", inference),
+    ("focused_la_forward", forward),
+    ("focused_la_backward", backward),
+):
+    for _key in ("CUDA", "CPU"):
+        LIBRARY.impl(_name, _implementation, _key)
+
+
+@torch.library.register_fake("fbila::focused_la", lib=LIBRARY)
+def _(q, k, v, *options):
+    return empty_like_order(q, v.shape[-1])
+
+
+@torch.library.register_fake("fbila::focused_la_forward", lib=LIBRARY)
+def _(q, k, v, columns, *options):
+    o, inverse = empty_like_order(q, v.shape[-1]), empty_inverse(q, "mean")
+    return o, empty_state(k, v), inverse, _empty_rows(q, columns), _empty_rows(k, columns)
+
+
+@torch.library.register_fake("fbila::focused_la_backward", lib=LIBRARY)
+def _(do, q, k, v, columns, *options):
+    return _empty_gradients(q, k, v, columns)
+
+
+class FocusedLA(torch.autograd.Function):
+    """`fbila::focused_la` and its gradient."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        ctx.options = arguments[6:]
+        with torch._C._AutoDispatchBelowAutograd():
+            o, *kept = torch.ops.fbila.focused_la_forward(*arguments)
+        ctx.save_for_backward(*arguments[:6], *kept)
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        run = torch.ops.fbila.focused_la_backward
+        gradients = run(do, *ctx.saved_tensors, *ctx.options)
+        wanted = zip(gradients, ctx.needs_input_grad, strict=False)
+        return (*(x if needed else None for x, needed in wanted), *[None] * 4)
+
+
+LIBRARY.impl("focused_la", lambda *x: FocusedLA.apply(*x), "Autograd")
+refuse_second_derivative("focused_la_backward", "focused_la")
