@@ -1,0 +1,189 @@
+"""What becomes of the kernels on a Hopper GPU, found on any machine. A script that prints JSON.
+
+It runs `linear_attn` forward and backward in bfloat16 with launches that compile their kernel and
+do nothing else. That takes a process of its own: the tests set TRITON_INTERPRET, which Triton looks
+at when the kernels are imported.
+"""
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# The order of batch, heads and tokens in memory, in front of the head dim.
+LAYOUTS = {"head_major": (0, 1, 2), "token_major": (0, 2, 1)}
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+CUOBJDUMP = Path(nvidia.__file__).with_name("bin") / "cuobjdump"
+
+# Of PTX: a register and the place of the parameter that it is loaded with; any other register that
+# holds an address, and what it is computed from; an asynchronous copy's address and size; any other
+# access, how many of how many bits, and its address.
+PARAMETER = re.compile(r"\bld\.param\S*\s+(%rd\d+), \[\w+_param_(\d+)")
+STEP = re.compile(r"^\s*(?:@\S+\s+)?(?!ld\.|atom\.)[a-z]\S*\s+(%rd\d+),(.*)", re.MULTILINE)
+COPY = re.compile(r"\bcp\.async\.c[ag]\.\S+ \[[^]]+\], \[ *(%rd\d+)[^]]*\], (\w+)")
+ACCESS = re.compile(r"\b(?:ld|st|atom|red)\.global\S*?(?:\.v(\d))?\.[busf](\d+)\s[^[]*\[ *(%rd\d+)")
+PRODUCT = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async)\.")
+
+
+class Arguments(NamedTuple):
+    """What `ASTSource` takes beside the kernel."""
+
+    signature: dict[str, str]
+    constexprs: dict[tuple[int], Any]
+    attrs: dict[tuple[int], list]
+
+    @staticmethod
+    def of(launch: Any, tensors: tuple[torch.Tensor | None, ...]) -> "Arguments":
+        """Those that Triton makes of `launch(*tensors)`."""
+        names = launch.kernel.arg_names
+        assert len(tensors) + len(launch.tail) == len(names)
+        parameters = inspect.signature(launch.kernel.fn).parameters
+        values = dict(zip(names, tensors, strict=False)) | launch.constants
+        arguments = Arguments({}, {}, {})
+        for i, name in enumerate(names):
+            if name not in values:
+                arguments.signature[name] = parameters[name].annotation
+            elif isinstance(values[name], torch.Tensor):
+                assert values[name].data_ptr() % 16 == 0
+                arguments.signature[name] = TYPES[values[name].dtype]
+                arguments.attrs[i,] = [["tt.divisibility", 16]]
+            else:
+                arguments.signature[name] = "constexpr"
+                arguments.constexprs[i,] = values[name]
+        return arguments
+
+    @property
+    def pointers(self) -> dict[int, str]:
+        """The names of the tensors by their place among the compiled kernel's parameters."""
+        present = [name for name, kind in self.signature.items() if kind != "constexpr"]
+        return {i: name for i, name in enumerate(present) if self.signature[name][0] == "*"}
+
+
+def launches(D: int, layout: str) -> dict[str, tuple[Any, tuple[torch.Tensor | None, ...]]]:
+    """The launches of both passes with their tensors, by their kernel and first tensor.
+
+    Without those that add up splits.
+    """
+    import fbila
+    from fbila.ops import functional
+    from fbila.ops.kernels.launch import Launch
+
+    order = LAYOUTS[layout]
+    sizes = [(2, 3, 64)[axis] for axis in order]
+    q, k, v, do = (
+        torch.zeros(*sizes, D, dtype=torch.bfloat16).permute(*order, 3) for _ in range(4)
+    )
+    inputs = {q.data_ptr(): "q", k.data_ptr(): "k"}
+    made = {}
+
+    def record(launch, *tensors):
+        if launch.kernel.__name__.startswith("sum_"):
+            return
+        name = f"{launch.kernel.__name__} of {inputs[tensors[0].data_ptr()]}"
+        assert name not in made
+        made[name] = launch, tensors
+
+    Launch.__call__ = record
+    functional.choose_implementation = lambda *_: "triton"
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    o = fbila.linear_attn(*leaves, feature_map="elu1")
+    torch.autograd.grad(o, leaves, do)
+    return made
+
+
+def compile_sm_90(kernel: Any, arguments: Arguments, options: dict[str, int]) -> tuple[str, bytes]:
+    """The kernel's PTX and its binary."""
+    source = ASTSource(kernel, *arguments)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(options))
+    return compiled.asm["ptx"], compiled.asm["cubin"]
+
+
+def accesses(ptx: str, pointers: dict[int, str]) -> dict[str, list[int]]:
+    """The bytes of each access to global memory, by the pointer that its address comes from.
+
+    Addresses are followed from register to register, whatever is added to them on the way.
+    """
+    origins: dict[str, set[str]] = {}
+    for register, place in PARAMETER.findall(ptx):
+        if int(place) in pointers:
+            origins[register] = {pointers[int(place)]}
+    steps = [(register, re.findall(r"%rd\d+", rest)) for register, rest in STEP.findall(ptx)]
+    growing = True
+    while growing:
+        growing = False
+        for register, sources in steps:
+            known = origins.setdefault(register, set())
+            before = len(known)
+            known.update(*(origins.get(source, ()) for source in sources))
+            growing |= len(known) > before
+    found = [(register, int(size, 0)) for register, size in COPY.findall(ptx)]
+    for vector, bits, register in ACCESS.findall(ptx):
+        found.append((register, int(vector or 1) * int(bits) // 8))
+    sizes: dict[str, list[int]] = {name: [] for name in pointers.values()}
+    for register, size in found:
+        (name,) = origins[register]
+        sizes[name].append(size)
+    return sizes
+
+
+def resources(binary: bytes) -> dict[str, int]:
+    """A thread's registers, and the bytes of its stack, to which those beyond 255 are spilled."""
+    if not CUOBJDUMP.exists():
+        return {}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [str(CUOBJDUMP), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+    }
+
+
+def examine(launch: Any, arguments: Arguments) -> dict[str, Any]:
+    """What the tests ask about one kernel.
+
+    tiles: the bytes of each access to the tensors of tokens, which alone have 16 bits.
+    share: the bytes of a block of tokens that are one thread's, at least.
+    """
+    ptx, binary = compile_sm_90(launch.kernel, arguments, launch.options)
+    sizes = accesses(ptx, arguments.pointers)
+    constants = launch.constants
+    block = constants.get("BLOCK_N") or constants["BLOCK_M"]
+    programs = 32 * launch.options["num_warps"] * launch.grid[1]
+    return {
+        "tiles": {name: x for name, x in sizes.items() if arguments.signature[name] == "*bf16"},
+        "share": 2 * block * min(constants["K"], constants["V"]) // programs,
+        "products": len(PRODUCT.findall(ptx)),
+        **resources(binary),
+    }
+
+
+def main(head_dims: list[int]) -> None:
+    compiled: dict[str, dict[str, Any]] = {}
+    result: dict[str, dict[str, Any]] = {}
+    for D in head_dims:
+        for layout in LAYOUTS:
+            kernels = result[f"{layout} {D}"] = {}
+            for name, (launch, tensors) in launches(D, layout).items():
+                arguments = Arguments.of(launch, tensors)
+                key = repr((launch.kernel.__name__, arguments, launch.options))
+                if key not in compiled:
+                    compiled[key] = examine(launch, arguments)
+                kernels[name] = compiled[key]
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main([int(D) for D in sys.argv[1:]])

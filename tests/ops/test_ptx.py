@@ -1,0 +1,101 @@
+"""The kernels as they are compiled for a Hopper GPU: wide accesses, no spills, tensor cores.
+
+No GPU is needed for that; `sm_90.py` compiles what `linear_attn` launches.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import triton
+
+try:
+    from . import sm_90
+except ImportError as missing:
+    pytest.skip(f"this Triton cannot compile for sm_90: {missing}", allow_module_level=True)
+
+# Two processes compile half of them each.
+HALVES = [(32, 40, 160), (64, 80, 128)]
+# The stack, in bytes, of the kernels that are known to spill, with the ptxas of Triton 3.9. Others
+# differ by some hundred bytes either way.
+SPILLS_TRITON = "3.9."
+SPILLS = {
+    ("grad_query_kernel of q", 40): 24,
+    ("state_kernel of k", 80): 56,
+    ("grad_feature_kernel of q", 80): 136,
+    ("state_kernel of k", 128): 8,
+    ("state_kernel of k", 160): 72,
+    ("grad_feature_kernel of q", 160): 344,
+    ("grad_feature_kernel of k", 160): 576,
+}
+
+each_head_dim = pytest.mark.parametrize("D", sorted(sum(HALVES, ())))
+each_layout = pytest.mark.parametrize("layout", sm_90.LAYOUTS)
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """What `sm_90.examine` says of each kernel, by its name, by layout and head dim."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("TRITON_INTERPRET", None)
+    halves = [
+        subprocess.Popen(
+            [sys.executable, sm_90.__file__, *map(str, half)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for half in HALVES
+    ]
+    examined = {}
+    for half in halves:
+        output, errors = half.communicate()
+        assert half.returncode == 0, errors
+        examined |= json.loads(output)
+    return examined
+
+
+@each_head_dim
+@each_layout
+def test_all_passes_are_seen(layout, D, kernels):
+    names = kernels[f"{layout} {D}"].keys()
+    assert names >= {"state_kernel of k", "output_kernel of q"}
+    # Wide heads take two kernels for each half of the backward pass.
+    q = names >= {"state_kernel of q", "grad_feature_kernel of q"}
+    k = names >= {"output_kernel of k", "grad_feature_kernel of k"}
+    assert q or "grad_query_kernel of q" in names
+    assert k or "grad_key_kernel of k" in names
+
+
+@each_head_dim
+@each_layout
+def test_tiles_are_moved_16_bytes_at_a_time(layout, D, kernels):
+    for name, kernel in kernels[f"{layout} {D}"].items():
+        assert len(kernel["tiles"]) >= 2
+        for tensor, sizes in kernel["tiles"].items():
+            assert set(sizes) == {16}, f"{name}: {tensor} by {sorted(set(sizes))} bytes"
+            assert sum(sizes) >= kernel["share"], f"{name}: {tensor}, {len(sizes)} accesses"
+
+
+@each_head_dim
+@each_layout
+def test_products_are_on_the_tensor_cores(layout, D, kernels):
+    for name, kernel in kernels[f"{layout} {D}"].items():
+        assert kernel["products"] > 0, name
+
+
+@pytest.mark.skipif(
+    not triton.__version__.startswith(SPILLS_TRITON) or not sm_90.CUOBJDUMP.exists(),
+    reason=f"spills were measured with Triton {SPILLS_TRITON}x and its own cuobjdump",
+)
+@each_head_dim
+@each_layout
+def test_nothing_is_spilled_but_what_is_known(layout, D, kernels):
+    stacks = {name: kernel["stack"] for name, kernel in kernels[f"{layout} {D}"].items()}
+    for name, stack in stacks.items():
+        assert stack <= SPILLS.get((name, D), 0), f"{name}: {stack} bytes"
+    # What spills no more is to be taken off the list.
+    assert [name for name, width in SPILLS if width == D and stacks[name] == 0] == []
