@@ -7,7 +7,7 @@ from helpers import DEVICE, DTYPES, LAYOUTS, assert_equations, assert_on_rail, m
 
 from fbila import focused_la
 
-IMPLEMENTATIONS = ["reference"]
+IMPLEMENTATIONS = ["reference", "triton"]
 SHAPE = (2, 3, 5, 7, 4, 6)  # B, H, N, M, K, V
 
 each_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -180,3 +180,22 @@ def test_as_in_the_code_of_flatten(impl):
     expected = q @ ((k.transpose(-2, -1) * 7**-0.5) @ (v * 7**-0.5)) * z
     inputs = (y[:, 0].unflatten(-1, (3, 4)).transpose(1, 2) for y in x[:3])
     assert_equations(focused_la(*inputs, scale=parameter.view(3, 4), impl=impl), expected)
+
+
+@each_impl
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [16, 80])
+def test_heads_of_unlike_size(head_dim, dtype, impl):
+    """Each head's output is of its values' size, though its f is far smaller than another's."""
+    q, k, v, do = make_qkv((1, 2, 20, 24, head_dim, head_dim), dtype)
+    q[:, 1] /= 300
+    k[:, 0] /= 300
+    wide = [x.double().requires_grad_() for x in (q, k, v)]
+    truth = focused_la(*wide, impl="reference", eps=1e-15)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    o = focused_la(*leaves, impl=impl, eps=1e-15)
+    assert_on_rail(o.detach(), truth.detach())
+    gradients = torch.autograd.grad(o, leaves, do)
+    assert all(x.isfinite().all() for x in gradients)
+    (dv,) = torch.autograd.grad(truth, wide[2:], do.double())
+    assert_on_rail(gradients[2], dv, factor=2)

@@ -79,7 +79,7 @@ def test_gradcheck(variant, impl):
     assert torch.autograd.gradcheck(lambda *x: variant(*x, impl=impl), leaves)
 
 
-@pytest.mark.parametrize("impl", ["reference"])
+@each_impl
 def test_with_the_other_options(impl):
     q, k, v, _ = make_grouped((6, 2), torch.float64, M=5)
     generator = torch.Generator(DEVICE).manual_seed(2)

@@ -58,9 +58,10 @@ APPLY_CASES = [
 FOCUSED_CASES = [
     ((Q, K, V.half()), {}, TypeError, "v.dtype=torch.float16"),
     ((Q, K[:, :1], V[:, :1]), {}, ValueError, "no grouped heads, since it normalises over all of"),
-    ((Q, K, V), {"focusing_factor": 0}, ValueError, "must be finite and positive, got 0"),
-    ((Q, K, V), {"focusing_factor": NAN}, ValueError, "must be finite and positive, got nan"),
-    ((Q, K, V), {"focusing_factor": INF}, ValueError, "must be finite and positive, got inf"),
+    ((Q, K, V), {"focusing_factor": 0}, ValueError, "must be positive and at most 32, got 0"),
+    ((Q, K, V), {"focusing_factor": 33}, ValueError, "must be positive and at most 32, got 33"),
+    ((Q, K, V), {"focusing_factor": NAN}, ValueError, "must be positive and at most 32, got nan"),
+    ((Q, K, V), {"focusing_factor": INF}, ValueError, "must be positive and at most 32, got inf"),
     ((Q, K, V), {"eps": NAN}, ValueError, "eps must be finite and not negative, got nan"),
     ((Q, K, V), {"scale": 0.5}, TypeError, "scale must be a torch.Tensor, got float"),
     ((Q, K, V), {"scale": x(3, 4).int()}, TypeError, "scale.dtype=torch.int32 is not supported"),

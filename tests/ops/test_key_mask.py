@@ -139,7 +139,7 @@ def test_with_weights(variant, per_head, impl):
         assert_equations(dweight[b][..., kept], gradient[0])
 
 
-@pytest.mark.parametrize("impl", ["reference"])
+@each_impl
 def test_with_rotary_every_key_keeps_its_position(impl):
     q, k, v, _ = make_qkv((2, 3, 40, 40, 4, 6), torch.float64)
     mask = make_mask(2, 40)

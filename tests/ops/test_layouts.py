@@ -75,10 +75,11 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda x: x.name)
 def test_nothing_is_copied(variant, layout, launches):
     q, k, v, do = (LAYOUTS[layout](x) for x in make_qkv(SHAPE, torch.float32))
-    options = (variant.feature_map or "none", variant.normalizer or "none", 1.0, 1e-6)
+    absent = [None] * 5
+    kind = (variant.feature_map or "none", variant.normalizer or "none", "none", 1.0, 1e-6)
     with Operations() as operations:
-        _, state, inverse = library.forward(q, k, v, None, None, None, *options)
-        library.backward(do, q, k, v, None, None, None, state, inverse, *options, [True, True])
+        _, state, inverse = library.forward(q, k, v, *absent, *kind)
+        library.backward(do, q, k, v, *absent, state, inverse, *kind, [True, True])
     assert len(launches) == 4
     assert operations.names <= {"new_empty", "transpose", "view"}
 

@@ -1,20 +1,13 @@
-"""Options that do not fit raise before anything runs, and so do those that a kernel lacks."""
+"""Options that do not fit raise before anything runs."""
 
 import re
 
 import pytest
 import torch
-from helpers import CUDA, DEVICE
+from helpers import DEVICE
 from helpers import zeros as x
 
-from fbila import (
-    Rotary,
-    focused_la,
-    linear_attn,
-    linear_attn_apply,
-    linear_attn_state,
-    simple_la,
-)
+from fbila import Rotary, linear_attn, simple_la
 
 Q, K, V = x(2, 3, 5, 4), x(2, 3, 7, 4), x(2, 3, 7, 6)
 K_Q, V_Q = K[:, :, :5], V[:, :, :5]  # with the length of q
@@ -74,36 +67,4 @@ CASES = [
 def test_both(function, impl, args, options, error, message, launches):
     with pytest.raises(error, match=re.escape(message)):
         function(*args, impl=impl, **options)
-    assert launches == []
-
-
-# What the kernels do not compute yet: refused, whether triton is asked for or chosen by device.
-UNAVAILABLE = [
-    ((Q, K_Q, V_Q), {"rotary": (COS, COS)}, "rotary is not implemented by the Triton kernels yet"),
-    ((P, P, P), {"cu_seqlens": ENDS}, "pass impl='reference', or cu_seqlens=None"),
-]
-
-
-@pytest.mark.parametrize("args, options, message", UNAVAILABLE, ids=[c[2] for c in UNAVAILABLE])
-@pytest.mark.parametrize("function", [linear_attn, simple_la])
-def test_unavailable(function, args, options, message, launches):
-    with pytest.raises(NotImplementedError, match=re.escape(message)):
-        function(*args, impl="triton", **options)
-    if CUDA:
-        with pytest.raises(NotImplementedError, match=re.escape(message)):
-            function(*args, **options)
-    assert launches == []
-    o = function(*args, impl="reference", **options)
-    assert o.shape == (*args[0].shape[:-1], args[2].shape[-1])
-
-
-def test_unavailable_functions(launches):
-    state = linear_attn_state(K, V, impl="reference")
-    for name, call in {
-        "linear_attn_state": lambda: linear_attn_state(K, V, impl="triton"),
-        "linear_attn_apply": lambda: linear_attn_apply(Q, state, impl="triton"),
-        "focused_la": lambda: focused_la(Q, K, V, impl="triton"),
-    }.items():
-        with pytest.raises(NotImplementedError, match=f"{name} is not implemented by the Triton"):
-            call()
     assert launches == []

@@ -8,7 +8,7 @@ from helpers import DEVICE, DTYPES, VARIANTS, Variant, assert_equations, make_qk
 
 from fbila import Rotary, linear_attn, simple_la
 
-IMPLEMENTATIONS = ["reference"]
+IMPLEMENTATIONS = ["reference", "triton"]
 BOUNDS = [0, 5, 5, 6, 23, 23, 93, 96, 96]
 T = 96
 
@@ -96,8 +96,11 @@ def test_options_have_a_row_a_token(names, per_head, variant, impl):
     assert o.isfinite().all()
 
 
+# Rotated, relu's features may add up where their denominator is 0: not with elu1's.
 @each_impl
-@each_variant
+@pytest.mark.parametrize(
+    "variant", [Variant("mean", "elu1", 0.3), Variant("sum", "elu1"), VARIANTS[-1]], ids=str
+)
 @pytest.mark.parametrize("heads", [(3, 3), (6, 2)], ids=str)
 def test_gradients(heads, variant, impl):
     q, k, v, do = make_packed(heads)

@@ -38,9 +38,9 @@ def test_without_gradients_nothing_is_recorded(variant):
 def test_keys_are_left_alone_when_only_the_query_learns(launches):
     q, k, v, do = make_qkv((1, 2, 5, 7, 4, 4), torch.float32)
     state, inverse = q.new_empty(2, 4 * 4 + 4), q.new_empty(1, 2, 5)
-    options = ("none", "mean", 1.0, 1e-6)
+    options = ("none", "mean", "none", 1.0, 1e-6)
     torch.ops.fbila.linear_attn_backward(
-        do, q, k, v, None, None, None, state, inverse, *options, [True, False]
+        do, q, k, v, *[None] * 5, state, inverse, *options, [True, False]
     )
     assert launches == ["fbila.ops.kernels.grad_query.launch_grad_query"]
 

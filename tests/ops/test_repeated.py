@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import CUDA, DEVICE, make_qkv
+from helpers import CUDA, DEVICE, DTYPES, LAYOUTS, VARIANTS, make_qkv, run
 
 import fbila
 from fbila.ops import functional, repeated
@@ -12,7 +12,7 @@ from fbila.ops import functional, repeated
 def checked(monkeypatch):
     """What `check_tensors` was called with, from a clean slate."""
     calls, original = [], functional.check_tensors
-    monkeypatch.setattr(repeated, "_PASSED", set())
+    monkeypatch.setattr(repeated, "_PASSED", {})
     monkeypatch.setattr(
         functional,
         "check_tensors",
@@ -92,3 +92,38 @@ def test_what_is_remembered_is_bounded(checked, monkeypatch):
     for n in range(1, 6):
         attend(q[:, :, :n], k, v)
     assert len(repeated._PASSED) == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda x: x.name)
+@pytest.mark.parametrize("layout", ["head_major", "token_major", "offset_by_one"])
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 5, 7, 5, 6), (2, 3, 40, 2100 if CUDA else 70, 40, 40), (1, 1, 9, 9, 80, 16)]
+)
+def test_calls_again_have_the_same_bits(shape, layout, variant, dtype, checked):
+    tensors = make_qkv(shape, dtype, variant=variant)
+    tensors = [LAYOUTS.get(layout, lambda x: x)(x) for x in tensors]
+    with torch.no_grad():
+        outputs = [variant(*tensors[:3]) for _ in range(3)]
+    results = [run(variant, *tensors) for _ in range(3)]
+    for result in results:
+        assert torch.equal(result[0], outputs[0])
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
+    assert all(torch.equal(o, outputs[0]) for o in outputs)
+    # Other values are other results.
+    others = [2 * x for x in tensors]
+    assert not torch.equal(run(variant, *others)[3], results[0][3])
+
+
+def test_gradients_in_another_memory_order(checked):
+    q, k, v, do = make_qkv((2, 3, 40, 50, 16, 16), torch.float32)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    expected = torch.autograd.grad(attend(*leaves), leaves, do)
+    token_major = do.transpose(1, 2).contiguous().transpose(1, 2)
+    for gradient in 2 * (do, token_major, do[:1].expand(2, -1, -1, -1)):
+        actual = torch.autograd.grad(attend(*leaves), leaves, gradient)
+        truth = torch.autograd.grad(attend(*leaves, impl="reference"), leaves, gradient)
+        for x, y in zip(actual, truth, strict=True):
+            torch.testing.assert_close(x, y)
+    again = torch.autograd.grad(attend(*leaves), leaves, do)
+    assert all(torch.equal(x, y) for x, y in zip(again, expected, strict=True))

@@ -6,7 +6,7 @@ from helpers import DEVICE, DTYPES, LAYOUTS, assert_equations, assert_on_rail, m
 
 from fbila import Rotary, linear_attn, simple_la
 
-IMPLEMENTATIONS = ["reference"]
+IMPLEMENTATIONS = ["reference", "triton"]
 SHAPE = (2, 3, 5, 5, 6, 4)  # B, H, N, M, K, V
 PAIRS = {True: [(0, 1), (2, 3), (4, 5)], False: [(0, 3), (1, 4), (2, 5)]}
 

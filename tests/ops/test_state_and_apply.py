@@ -6,7 +6,7 @@ from helpers import DEVICE, DTYPES, LAYOUTS, MAPS, assert_equations, make_qkv
 
 from fbila import Rotary, State, linear_attn, linear_attn_apply, linear_attn_state
 
-IMPLEMENTATIONS = ["reference"]
+IMPLEMENTATIONS = ["reference", "triton"]
 SHAPE = (2, 3, 5, 7, 4, 6)  # B, H, N, M, K, V
 
 each_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
