@@ -2,10 +2,18 @@
 
 import pytest
 import torch
-from helpers import CUDA, MEAN, SIMPLE, VARIANTS, make_qkv, run
+from helpers import CUDA, DEVICE, MEAN, SIMPLE, VARIANTS, make_qkv, run
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fbila import linear_attn, simple_la
+from fbila import (
+    Rotary,
+    State,
+    focused_la,
+    linear_attn,
+    linear_attn_apply,
+    linear_attn_state,
+    simple_la,
+)
 
 LENGTHS = [(127, 64), (193, 77), (4096, 1000) if CUDA else (300, 33)]
 
@@ -103,3 +111,115 @@ def test_compiled_under_autocast():
     q, k, v, _ = make_qkv((1, 2, 33, 20, 16, 8), torch.float32)
     compiled = torch.compile(autocast, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q, k, v), autocast(q, k, v))
+
+
+# The other options and functions. Each takes q, k, v and the tensors that its name speaks of.
+
+BOTH = {"feature_map": "elu1", "impl": "triton"}
+
+
+def rotary(q, k, v, cos, sin):
+    return linear_attn(q, k, v, eps=1e-4, rotary=(cos, sin), **BOTH)
+
+
+def rotary_of_halves(q, k, v, cos, sin):
+    return simple_la(q, k, v, rotary=Rotary(cos, sin, interleaved=False), **BOTH)
+
+
+def weight_and_mask(q, k, v, weight, mask):
+    return linear_attn(q, k, v, eps=1e-4, key_weight=weight, key_mask=mask, **BOTH)
+
+
+def packed(q, k, v, cu_seqlens, mask):
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    options = {"cu_seqlens": cu_seqlens, "key_mask": mask[0]}
+    return linear_attn(q, k, v, eps=1e-4, **options, **BOTH).transpose(0, 1)[None]
+
+
+def two_states(q, k, v, cos, sin, mask):
+    parts = [
+        linear_attn_state(
+            k[:, :, keys], v[:, :, keys], rotary=(cos[keys], sin[keys]), key_mask=mask[:, keys],
+            **BOTH,
+        )
+        for keys in (slice(0, 5), slice(5, None))
+    ]  # fmt: skip
+    return linear_attn_apply(q, parts[0] + parts[1], eps=1e-4, rotary=(cos, sin), **BOTH)
+
+
+def focused(q, k, v, scale, mask):
+    return focused_la(q, k, v, scale=scale, eps=1e-4, key_mask=mask, impl="triton")
+
+
+FUNCTIONS = [rotary, rotary_of_halves, weight_and_mask, packed, two_states, focused]
+each_function = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda x: x.__name__)
+
+
+def make_call(function, N):
+    """q, k, v and do of N tokens, and the other tensors; all that learn require a gradient."""
+    B = 1 if function is packed else 2
+    tensors = make_qkv((B, 3, N, N, 8, 6), torch.float32, seed=N)
+    angles = torch.arange(4.0 * N, device=DEVICE).view(N, 4)
+    mask = torch.arange(B * N, device=DEVICE).view(B, N) % 3 != 1
+    weight = torch.linspace(0.1, 2, B * N, device=DEVICE).view(B, N).requires_grad_()
+    scale = torch.linspace(-1, 1, 24, device=DEVICE).view(3, 8).requires_grad_()
+    bounds = [*range(0, N, 5), N]
+    tables = [angles.cos(), angles.sin()]
+    others = {
+        rotary: tables,
+        rotary_of_halves: tables,
+        weight_and_mask: [weight, mask],
+        packed: [torch.tensor(bounds, dtype=torch.int32, device=DEVICE), mask],
+        two_states: [*tables, mask],
+        focused: [scale, mask],
+    }
+    return tensors, others[function]
+
+
+def result_and_gradients(function, tensors, others):
+    leaves = [x.detach().requires_grad_() for x in tensors[:3]]
+    o = function(*leaves, *others)
+    wanted = [*leaves, *(x for x in others if x.requires_grad)]
+    return [o.detach(), *torch.autograd.grad(o, wanted, tensors[3])]
+
+
+@each_function
+def test_options_share_one_graph(function):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for N in (17, 20, 33):
+        call = make_call(function, N)
+        assert_same_bits(
+            result_and_gradients(compiled, *call), result_and_gradients(function, *call)
+        )
+    # Once for the first length and number of sequences, once more for any of either.
+    assert counter.frame_count <= (3 if function is packed else 2)
+
+
+@each_function
+def test_options_dynamic_from_the_start_compile_once(function):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    for N in (17, 33, 40):
+        (q, k, v, _), others = make_call(function, N)
+        assert torch.equal(compiled(q, k, v, *others), function(q, k, v, *others))
+    assert counter.frame_count == 1
+
+
+def test_a_state_passes_from_graph_to_graph():
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def remember(k, v):
+        return linear_attn_state(k, v, **BOTH)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def recall(q, state):
+        return linear_attn_apply(q, state + state, **BOTH)
+
+    def recall_eagerly(q, k, v):
+        state = linear_attn_state(k, v, **BOTH)
+        return linear_attn_apply(q, state + state, **BOTH)
+
+    tensors = make_qkv((2, 3, 20, 17, 8, 6), torch.float32)
+    assert isinstance(remember(*tensors[1:3]), State)
+    actual = run(lambda q, k, v: recall(q, remember(k, v)), *tensors)
+    assert_same_bits(actual, run(recall_eagerly, *tensors))

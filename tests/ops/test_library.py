@@ -6,125 +6,343 @@ from helpers import DEVICE, LAYOUTS, MEAN, SIMPLE, SUM, make_qkv, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
+import fbila
+
+OPS = torch.ops.fbila
+SHAPE = (1, 2, 5, 7, 4, 6)  # B, H, N, M, K, V
+NONE = (None,) * 5
+# feature_map, normalizer, rotary, scale and eps, of which rotary is that of the inputs.
 OPTIONS = {
-    "mean": ("elu1", "mean", 1.0, 1e-6),
-    "sum": ("relu", "sum", 1.0, 1e-15),
-    "none": ("none", "none", 0.25, 0.0),
+    "mean": ("elu1", "mean", "none", 1.0, 1e-6),
+    "sum": ("relu", "sum", "none", 1.0, 1e-15),
+    "none": ("none", "none", "none", 0.25, 0.0),
 }
 
 each_case = pytest.mark.parametrize(
-    "layout, dtype, options",
+    "kind, layout, dtype, normalizer",
     [
-        pytest.param(layout, dtype, OPTIONS[name], id=f"{name}-{layout}-{dtype}")
-        for name, layout, dtype in [
-            ("mean", None, torch.float32),
-            ("mean", "packed_qkv", torch.float16),
-            ("sum", "token_major", torch.float32),
-            ("none", None, torch.float16),
-            ("none", "packed_qkv", torch.float32),
-        ]
+        ("plain", None, torch.float32, "mean"),
+        ("plain", "packed_qkv", torch.float32, "none"),
+        ("keys", "packed_qkv", torch.float16, "mean"),
+        ("keys", "token_major", torch.float32, "sum"),
+        ("grouped", None, torch.float16, "none"),
+        ("interleaved", "token_major", torch.float32, "sum"),
+        ("halves", "packed_qkv", torch.float16, "mean"),
+        ("packed", None, torch.float32, "mean"),
+        ("packed with all", "packed_qkv", torch.float16, "sum"),
     ],
+    ids=str,
 )
+each_halves_case = pytest.mark.parametrize(
+    "kind, layout, dtype, normalizer",
+    [
+        ("plain", None, torch.float32, "mean"),
+        ("keys", "packed_qkv", torch.float16, "mean"),
+        ("grouped", "token_major", torch.float32, "sum"),
+        ("interleaved", "token_major", torch.float16, "sum"),
+        ("halves", None, torch.float32, "mean"),
+    ],
+    ids=str,
+)
+each_focused_case = pytest.mark.parametrize(
+    "kind, layout, dtype",
+    [
+        ("plain", "token_major", torch.float32),
+        ("keys", "packed_qkv", torch.float16),
+    ],
+    ids=str,
+)
+LAYOUT_NAMES = [None, "token_major", "packed_qkv", "token_contiguous"]
+each_layout = pytest.mark.parametrize("layout", LAYOUT_NAMES, ids=str)
 
 
-NO_KEY_OPTIONS = (None, None, None)
-
-
-def key_options(dtype):
-    """key_weight, key_mask and count for keys `(1, 2, 7, ...)`."""
-    weight = torch.arange(14.0, device=DEVICE).reshape(1, 2, 7)
-    mask = torch.tensor([[1, 0, 1, 1, 1, 0, 1]], dtype=dtype, device=DEVICE)
-    return weight, mask, mask.sum(-1, dtype=torch.float32)
-
-
-def tensors(dtype, layout, shape=(1, 2, 5, 7, 4, 6)):
+def tensors(dtype, layout, shape=SHAPE):
     made = make_qkv(shape, dtype)
     return [LAYOUTS[layout](x) for x in made] if layout else made
 
 
-@each_case
-def test_linear_attn(layout, dtype, options):
-    q, k, v, _ = tensors(dtype, layout)
-    op = torch.ops.fbila.linear_attn.default
-    keys = key_options(dtype)
-    opcheck(op, (q, k, v, *keys, *options))
-    leaves = [x.requires_grad_() for x in (q, k, v, keys[0])]
-    opcheck(op, (*leaves, *keys[1:], *options))
-    opcheck(op, (q, k.detach(), v.detach(), *NO_KEY_OPTIONS, *options))
+def keys_of(dtype, B=1, H=2, M=7):
+    """key_weight, key_mask and count."""
+    weight = torch.arange(1.0, B * H * M + 1, device=DEVICE).view(B, H, M)
+    mask = (torch.arange(B * M, device=DEVICE).view(B, M) % 3 != 1).to(dtype)
+    return weight, mask, mask.sum(-1, dtype=torch.float32)
+
+
+def table_of(dtype, H, N, K=4):
+    angles = torch.arange(float(H * N * K), device=DEVICE).view(H, N, K)
+    return angles.cos().to(dtype)
+
+
+def inputs(kind, dtype, layout, normalizer="mean"):
+    """do, then q, k, v, key_weight, key_mask, count, table and cu_seqlens, then the options."""
+    rotary = {"interleaved": "interleaved", "halves": "halves", "packed with all": "halves"}
+    same_length = kind in ("interleaved", "halves", "packed", "packed with all")
+    q, k, v, do = tensors(dtype, layout, (1, 2, 7, 7, 4, 6) if same_length else SHAPE)
+    if kind.startswith("packed"):
+        # One head: the interpreter runs a program for every sequence.
+        q, k, v, do = (x[:, :1] for x in (q, k, v, do))
+    weight = mask = count = table = bounds = None
+    if kind in ("keys", "packed with all"):
+        weight, mask, count = keys_of(dtype, H=k.shape[1])
+    if kind == "grouped":
+        k, v = k[:, :1], v[:, :1]
+    if kind in rotary:
+        table = table_of(dtype, 2 if kind == "halves" else 1, 7)
+    if kind.startswith("packed"):
+        bounds = torch.tensor([0, 3, 3, 7], dtype=torch.int32, device=DEVICE)
+        count = bounds.diff().float()
+    if normalizer == "none":
+        count = None
+    feature_map, _, _, *scalars = OPTIONS[normalizer]
+    options = (feature_map, normalizer, rotary.get(kind, "none"), *scalars)
+    return do, (q, k, v, weight, mask, count, table, bounds), options
+
+
+def learning(arguments, *places):
+    """The same, with gradients wanted at these places, where there are tensors."""
+    return [
+        x.detach().requires_grad_() if i in places and x is not None else x
+        for i, x in enumerate(arguments)
+    ]
 
 
 @each_case
-def test_forward_and_backward(layout, dtype, options):
-    q, k, v, do = tensors(dtype, layout)
-    backward = torch.ops.fbila.linear_attn_backward.default
-    for keys in (NO_KEY_OPTIONS, key_options(dtype)):
-        inputs = (q, k, v, *keys)
-        opcheck(torch.ops.fbila.linear_attn_forward.default, (*inputs, *options))
-        _, state, inverse = torch.ops.fbila.linear_attn_forward(*inputs, *options)
-        for needs_grad in ([True, True], [True, False], [False, True]):
-            opcheck(backward, (do, *inputs, state, inverse, *options, needs_grad))
+def test_linear_attn(kind, layout, dtype, normalizer):
+    _, arguments, options = inputs(kind, dtype, layout, normalizer)
+    op = OPS.linear_attn.default
+    opcheck(op, (*arguments, *options))
+    opcheck(op, (*learning(arguments, 0, 1, 2, 3), *options))
+    if kind in ("plain", "keys"):
+        opcheck(op, (*learning(arguments, 0), *options))
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [(0, 3, 5, 7, 4, 6), (2, 3, 0, 7, 4, 6), (2, 3, 5, 0, 4, 6), (2, 3, 5, 7, 4, 0)],
-    ids=str,
-)
+@each_case
+def test_forward_and_backward(kind, layout, dtype, normalizer):
+    do, arguments, options = inputs(kind, dtype, layout, normalizer)
+    opcheck(OPS.linear_attn_forward.default, (*arguments, *options))
+    _, *kept = OPS.linear_attn_forward(*arguments, *options)
+    for needs_grad in ([True, True], [True, False]):
+        opcheck(OPS.linear_attn_backward.default, (do, *arguments, *kept, *options, needs_grad))
+
+
+EMPTY = [(0, 3, 5, 7, 4, 6), (2, 3, 0, 7, 4, 6), (2, 3, 5, 0, 4, 6), (2, 3, 5, 7, 4, 0)]
+each_empty = pytest.mark.parametrize("shape", EMPTY, ids=str)
+
+
+@each_empty
 def test_empty_inputs(shape):
     q, k, v, do = tensors(torch.float32, None, shape)
+    keys = (*keys_of(torch.float32, shape[0], 3, shape[3]), None, None)
     options = OPTIONS["mean"]
-    opcheck(torch.ops.fbila.linear_attn.default, (q, k, v, *NO_KEY_OPTIONS, *options))
-    opcheck(torch.ops.fbila.linear_attn_forward.default, (q, k, v, *NO_KEY_OPTIONS, *options))
-    _, state, inverse = torch.ops.fbila.linear_attn_forward(q, k, v, *NO_KEY_OPTIONS, *options)
-    backward = torch.ops.fbila.linear_attn_backward.default
-    opcheck(backward, (do, q, k, v, *NO_KEY_OPTIONS, state, inverse, *options, [True, True]))
+    for more in (NONE, keys):
+        opcheck(OPS.linear_attn.default, (q, k, v, *more, *options))
+        opcheck(OPS.linear_attn_forward.default, (q, k, v, *more, *options))
+        _, *kept = OPS.linear_attn_forward(q, k, v, *more, *options)
+        backward = (do, q, k, v, *more, *kept, *options, [True, True])
+        opcheck(OPS.linear_attn_backward.default, backward)
 
 
-@pytest.mark.parametrize("layout", [None, "token_major", "packed_qkv", "token_contiguous"])
-def test_fakes_return_the_strides_of_the_real_ones(layout):
-    made = tensors(torch.float16, layout)
-    options = OPTIONS["mean"]
-
-    def results(do, q, k, v):
-        # Inference mode goes below autograd, straight to the implementation or the fake.
-        with torch.inference_mode():
-            o = torch.ops.fbila.linear_attn(q, k, v, *NO_KEY_OPTIONS, *options)
-            o2, state, inverse = torch.ops.fbila.linear_attn_forward(
-                q, k, v, *NO_KEY_OPTIONS, *options
-            )
-            backward = torch.ops.fbila.linear_attn_backward
-            gradients = backward(
-                do, q, k, v, *NO_KEY_OPTIONS, state, inverse, *options, [True, True]
-            )
-        return [
-            (x.shape, x.stride(), x.dtype, x.device) for x in (o, o2, state, inverse, *gradients)
-        ]
-
-    real = results(made[3], *made[:3])
-    with FakeTensorMode() as mode:
-        fakes = [mode.from_tensor(x) for x in (made[3], *made[:3])]
-        assert results(*fakes) == real
+@pytest.mark.parametrize("bounds", [[0], [0, 0, 0]], ids=str)
+def test_no_packed_tokens(bounds):
+    q, k, v, _ = tensors(torch.float32, None, (1, 2, 0, 0, 4, 6))
+    bounds = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+    count = torch.zeros(bounds.shape[0] - 1, device=DEVICE)
+    more = (None, None, count, None, bounds)
+    opcheck(OPS.linear_attn.default, (*learning((q, k, v), 0, 1, 2), *more, *OPTIONS["mean"]))
 
 
 def test_several_tiles_and_splits():
     for shape in ((1, 1, 3, 5, 140, 70), (1, 1, 600, 530, 4, 4)):
         q, k, v, _ = tensors(torch.float32, None, shape)
-        opcheck(torch.ops.fbila.linear_attn.default, (q, k, v, *NO_KEY_OPTIONS, *OPTIONS["mean"]))
+        opcheck(OPS.linear_attn.default, (q, k, v, *NONE, *OPTIONS["mean"]))
+
+
+# The two halves.
+
+
+def halves_inputs(kind, dtype, layout, normalizer="mean"):
+    """The arguments of linear_attn_state, and those of linear_attn_apply without the state."""
+    do, arguments, options = inputs(kind, dtype, layout, normalizer)
+    q, k, v, weight, mask, count, table, _ = arguments
+    feature_map, normalizer, rotary, _, eps = options
+    count = torch.tensor([7.0], device=DEVICE) if count is None else count
+    of_keys = (k, v, weight, mask, table, feature_map, rotary)
+    return do, of_keys, (q, count, table, feature_map, normalizer, rotary, eps)
+
+
+@each_halves_case
+def test_state(kind, layout, dtype, normalizer):
+    _, of_keys, _ = halves_inputs(kind, dtype, layout, normalizer)
+    opcheck(OPS.linear_attn_state.default, of_keys)
+    opcheck(OPS.linear_attn_state.default, learning(of_keys, 0, 1, 2))
+    opcheck(OPS.linear_attn_state.default, learning(of_keys, 1))
+    dstate = torch.randn_like(OPS.linear_attn_state(*of_keys))
+    opcheck(OPS.linear_attn_state_backward.default, (dstate, *of_keys))
+    strided = torch.stack((dstate, dstate), -1)[..., 0]
+    opcheck(OPS.linear_attn_state_backward.default, (strided, *of_keys))
+
+
+@each_halves_case
+def test_apply(kind, layout, dtype, normalizer):
+    do, of_keys, (q, *of_query) = halves_inputs(kind, dtype, layout, normalizer)
+    state = OPS.linear_attn_state(*of_keys)
+    arguments = (q, state, *of_query)
+    opcheck(OPS.linear_attn_apply.default, arguments)
+    opcheck(OPS.linear_attn_apply.default, learning(arguments, 0, 1))
+    opcheck(OPS.linear_attn_apply.default, learning(arguments, 1))
+    opcheck(OPS.linear_attn_apply_forward.default, arguments)
+    _, inverse = OPS.linear_attn_apply_forward(*arguments)
+    count, table, *options = of_query
+    opcheck(OPS.linear_attn_apply_backward.default, (do, q, state, count, table, inverse, *options))
+
+
+@each_empty
+def test_empty_halves(shape):
+    q, k, v, do = tensors(torch.float32, None, shape)
+    weight, mask, count = keys_of(torch.float32, shape[0], 3, shape[3])
+    for keys in ((None, None, None), (weight, mask, None)):
+        of_keys = learning((k, v, *keys, "elu1", "none"), 0, 1, 2)
+        opcheck(OPS.linear_attn_state.default, of_keys)
+    state = OPS.linear_attn_state(k, v, *keys, "elu1", "none")
+    options = ("elu1", "mean", "none", 1e-6)
+    opcheck(OPS.linear_attn_apply.default, (*learning((q, state), 0, 1), count, None, *options))
+    _, inverse = OPS.linear_attn_apply_forward(q, state, count, None, *options)
+    backward = (do, q, state, count, None, inverse, *options)
+    opcheck(OPS.linear_attn_apply_backward.default, backward)
+
+
+# Focused linear attention.
+
+
+def focused_inputs(kind, dtype, layout, shape=SHAPE):
+    """do, then q, k, v, columns, key_mask, total, power and eps."""
+    q, k, v, do = tensors(dtype, layout, shape)
+    B, H, _, M, K, _ = shape
+    columns = 0.5 + torch.arange(float(H * K), device=DEVICE).view(H, K) / 8
+    _, mask, total = keys_of(dtype, B, H, M) if kind == "keys" else (None, None, None)
+    return do, (q, k, v, columns, mask, total, 3.0, 1e-6)
+
+
+@each_focused_case
+def test_focused_la(kind, layout, dtype):
+    do, arguments = focused_inputs(kind, dtype, layout)
+    opcheck(OPS.focused_la.default, arguments)
+    opcheck(OPS.focused_la.default, learning(arguments, 0, 1, 2, 3))
+    opcheck(OPS.focused_la.default, learning(arguments, 3))
+    opcheck(OPS.focused_la_forward.default, arguments)
+    _, *kept = OPS.focused_la_forward(*arguments)
+    opcheck(OPS.focused_la_backward.default, (do, *arguments[:6], *kept, *arguments[6:]))
+
+
+@each_empty
+def test_empty_focused_la(shape):
+    do, arguments = focused_inputs("keys", torch.float32, None, shape)
+    opcheck(OPS.focused_la.default, learning(arguments, 0, 1, 2, 3))
+    opcheck(OPS.focused_la_forward.default, arguments)
+    _, *kept = OPS.focused_la_forward(*arguments)
+    opcheck(OPS.focused_la_backward.default, (do, *arguments[:6], *kept, *arguments[6:]))
+
+
+# Fakes.
+
+
+def assert_fakes_are_like_the_real_ones(compute, *arguments):
+    """`compute` makes the same of fakes as of tensors: shapes, strides, dtypes and devices."""
+
+    def described(*arguments):
+        # Inference mode goes below autograd, straight to the implementation or the fake.
+        with torch.inference_mode():
+            return [(x.shape, x.stride(), x.dtype, x.device) for x in compute(*arguments)]
+
+    real = described(*arguments)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+        assert described(*fakes) == real
+
+
+@each_layout
+@pytest.mark.parametrize("kind", ["plain", "keys", "grouped", "packed with all"])
+def test_fakes_of_linear_attn(kind, layout):
+    do, arguments, options = inputs(kind, torch.float16, layout)
+
+    def compute(do, *arguments):
+        o = OPS.linear_attn(*arguments, *options)
+        made = OPS.linear_attn_forward(*arguments, *options)
+        gradients = OPS.linear_attn_backward(do, *arguments, *made[1:], *options, [True, True])
+        some = OPS.linear_attn_backward(do, *arguments, *made[1:], *options, [True, False])
+        return (o, *made, *gradients, *some)
+
+    assert_fakes_are_like_the_real_ones(compute, do, *arguments)
+
+
+@each_layout
+@pytest.mark.parametrize("kind", ["plain", "keys", "grouped"])
+def test_fakes_of_the_halves(kind, layout):
+    do, of_keys, of_query = halves_inputs(kind, torch.float16, layout)
+    q, count, _, *options = of_query
+
+    def compute(do, q, count, *of_keys):
+        state = OPS.linear_attn_state(*of_keys)
+        o = OPS.linear_attn_apply(q, state, count, of_keys[4], *options)
+        o2, inverse = OPS.linear_attn_apply_forward(q, state, count, of_keys[4], *options)
+        gradients = OPS.linear_attn_apply_backward(
+            do, q, state, count, of_keys[4], inverse, *options
+        )
+        of_state = OPS.linear_attn_state_backward(gradients[1], *of_keys)
+        return (state, o, o2, inverse, *gradients, *of_state)
+
+    assert_fakes_are_like_the_real_ones(compute, do, q, count, *of_keys)
+
+
+@each_layout
+@pytest.mark.parametrize("kind", ["plain", "keys"])
+def test_fakes_of_focused_la(kind, layout):
+    do, arguments = focused_inputs(kind, torch.float16, layout)
+
+    def compute(do, *arguments):
+        made = OPS.focused_la_forward(*arguments)
+        gradients = OPS.focused_la_backward(do, *arguments[:6], *made[1:], *arguments[6:])
+        return (OPS.focused_la(*arguments), *made, *gradients)
+
+    assert_fakes_are_like_the_real_ones(compute, do, *arguments)
+
+
+# The public functions are these operators.
 
 
 @pytest.mark.parametrize(
     "variant, options",
     [
-        (MEAN, ("elu1", "mean", 1.0, 1e-4)),
-        (SUM, ("relu", "sum", 1.0, 1e-15)),
-        (SIMPLE, ("none", "none", 0.5, 0.0)),
-        (SIMPLE._replace(scale=3.0), ("none", "none", 3.0, 0.0)),
+        (MEAN, ("elu1", "mean", "none", 1.0, 1e-4)),
+        (SUM, ("relu", "sum", "none", 1.0, 1e-15)),
+        (SIMPLE, ("none", "none", "none", 0.5, 0.0)),
+        (SIMPLE._replace(scale=3.0), ("none", "none", "none", 3.0, 0.0)),
     ],
 )
 def test_public_functions_are_this_operator(variant, options):
     q, k, v, do = tensors(torch.float32, None)
-    expected = run(
-        lambda *x: torch.ops.fbila.linear_attn(*x, *NO_KEY_OPTIONS, *options), q, k, v, do
-    )
+    expected = run(lambda *x: OPS.linear_attn(*x, *NONE, *options), q, k, v, do)
     for x, y in zip(run(variant, q, k, v, do), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_public_options_are_those_of_the_operator(interleaved):
+    q, k, v, do = tensors(torch.float32, None, (1, 2, 7, 7, 4, 6))
+    weight, mask, count = keys_of(torch.float32)
+    cos, sin = torch.rand(2, 2, 7, 2, device=DEVICE)
+    rotary = fbila.Rotary(cos, sin, interleaved)
+    table = torch.stack((cos, sin), -1).flatten(-2) if interleaved else torch.cat((cos, sin), -1)
+    order = "interleaved" if interleaved else "halves"
+
+    def public(q, k, v):
+        keys = {"key_weight": weight, "key_mask": mask.bool()}
+        return fbila.linear_attn(q, k, v, feature_map="elu1", rotary=rotary, impl="triton", **keys)
+
+    def op(q, k, v):
+        weighed = weight * mask[:, None]
+        options = ("elu1", "mean", order, 1.0, 1e-6)
+        return OPS.linear_attn(q, k, v, weighed, mask, count, table, None, *options)
+
+    for x, y in zip(run(public, q, k, v, do), run(op, q, k, v, do), strict=True):
         assert torch.equal(x, y)
