@@ -32,9 +32,10 @@ def kernel_keys(
             # Selected, so that a masked weight gets a gradient of 0 whatever it is.
             there = key_mask if key_weight.dim() == 2 else key_mask[:, None]
             key_weight = torch.where(there, key_weight, 0)
+        # First the type, so that the gradients of all heads are added before they are rounded.
+        key_weight = key_weight.to(dtype)
         if key_weight.dim() == 2:
             key_weight = key_weight[:, None].expand(-1, k.shape[1], -1)
-        key_weight = key_weight.to(dtype)
     total = None
     if count and cu_seqlens is not None:
         total = _count_of_sequences(key_mask, cu_seqlens).to(dtype)
