@@ -201,8 +201,7 @@ def plan_focus_rows(
             "POWER": float(focusing_factor),
             "ACC": Tiling.acc(dtype),
         },
-        num_warps=4,
-        num_stages=1,
+        {"num_warps": 4, "num_stages": 1},
     )
 
 

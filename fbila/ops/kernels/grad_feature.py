@@ -36,7 +36,9 @@ from .tiles import (
     store_pair,
     tile_mask,
     tile_offset,
+    token_mask,
     token_offset,
+    whole_blocks,
 )
 from .tiling import Tiling
 
@@ -102,95 +104,101 @@ def grad_feature_kernel(
     if K1 > 0:
         b_dz1 = tl.zeros((16 if HALF else BLOCK_N, K1), dtype=ACC)
 
-    for i_n in range(start, end, BLOCK_N):
-        o_n = i_n + tl.arange(0, BLOCK_N)
-        m_n = o_n < end
-        m_x = key_rows(mask, o_n, m_n, stride_mn)
-        p_x = x + token_offset(i_n, stride_xn, ORDER_X, UNIT)
-        p_y = y + token_offset(i_n, stride_yn, ORDER_Y, UNIT)
-        p_g = dx + token_offset(i_n, stride_gn, ORDER_G, UNIT)
-        b_x0, b_x1 = load_pair(p_x, o_x0, o_x1, m_x, 0, K, K0, K1, KB)
+    whole = whole_blocks(start, end, BLOCK_N)
+    for WHOLE in tl.static_range(1, -1, -1):
+        first = start if WHOLE else whole
+        last = whole if WHOLE else end
+        for i_n in tl.range(first, last, BLOCK_N, num_stages=None if WHOLE else 1):
+            o_n = i_n + tl.arange(0, BLOCK_N)
+            m_n = token_mask(o_n, end, WHOLE)
+            m_x = key_rows(mask, o_n, m_n, stride_mn)
+            p_x = x + token_offset(i_n, stride_xn, ORDER_X, UNIT)
+            p_y = y + token_offset(i_n, stride_yn, ORDER_Y, UNIT)
+            p_g = dx + token_offset(i_n, stride_gn, ORDER_G, UNIT)
+            b_x0, b_x1 = load_pair(p_x, o_x0, o_x1, m_x, 0, K, K0, K1, KB)
 
-        b_g0 = tl.zeros((BLOCK_N, K0), dtype=ACC)
-        b_g1 = b_g0
-        if K1 > 0:
-            b_g1 = tl.zeros((BLOCK_N, K1), dtype=ACC)
-        if GROUPS == 1:
-            b_y0, b_y1 = load_pair(p_y, o_y0, o_y1, m_x, 0, V, V0, V1, V0)
-            b_g0 = scaled_product(b_y0, tl.trans(b_s00), b_g0, s_scale, PRECISION)
-            if V1 > 0:
-                b_g0 = scaled_product(b_y1, tl.trans(b_s01), b_g0, s_scale, PRECISION)
+            b_g0 = tl.zeros((BLOCK_N, K0), dtype=ACC)
+            b_g1 = b_g0
             if K1 > 0:
-                b_g1 = scaled_product(b_y0, tl.trans(b_s10), b_g1, s_scale, PRECISION)
-            if K1 * V1 > 0:
-                b_g1 = scaled_product(b_y1, tl.trans(b_s11), b_g1, s_scale, PRECISION)
-        else:
-            for j in range(GROUPS):
-                c_o = tile_offset(stride_yn, stride_yd, j * V0, BLOCK_N, V0, ORDER_Y, UNIT)
-                c_y = tl.load(p_y + c_o, mask=tile_mask(m_x, j * V0, V, V0, V0), other=0.0)
-                c_s0, _, c_s1, _, c_scale = load_state(
-                    state, factor, j * V0, K, V, K0, K1, KB, V0, 0, dtype
-                )
-                b_g0 = scaled_product(c_y, tl.trans(c_s0), b_g0, c_scale, PRECISION)
+                b_g1 = tl.zeros((BLOCK_N, K1), dtype=ACC)
+            if GROUPS == 1:
+                b_y0, b_y1 = load_pair(p_y, o_y0, o_y1, m_x, 0, V, V0, V1, V0)
+                b_g0 = scaled_product(b_y0, tl.trans(b_s00), b_g0, s_scale, PRECISION)
+                if V1 > 0:
+                    b_g0 = scaled_product(b_y1, tl.trans(b_s01), b_g0, s_scale, PRECISION)
                 if K1 > 0:
-                    b_g1 = scaled_product(c_y, tl.trans(c_s1), b_g1, c_scale, PRECISION)
-        # Never true; as in `grad_query_kernel`.
-        b_x0 = tl.where(b_g0 > float("inf"), 0.0, b_x0)
-        if K1 > 0:
-            b_x1 = tl.where(b_g1 > float("inf"), 0.0, b_x1)
-        b_f0, b_f1 = features(b_x0, b_x1, rows, c_0, c_1, o_n, m_x, N, K1, FEATURE_MAP, POWER, ACC)
-        if table is not None:
-            b_t0, b_t1 = load_table(table, i_n, m_n, K, K0, K1, KB, BLOCK_N)
-            b_t0 = tl.where(b_g0 > float("inf"), 0.0, b_t0)
-            if K1 > 0:
-                b_t1 = tl.where(b_g1 > float("inf"), 0.0, b_t1)
-            b_g0, b_g1 = rotate(b_g0, b_g1, b_t0, b_t1, K1, ROTARY, True)
-
-        if inverse is not None:
-            b_fg = tl.sum(b_f0 * b_g0, 1)
-            if K1 > 0:
-                b_fg += tl.sum(b_f1 * b_g1, 1)
-            b_inv = tl.load(inverse + i_bh * N + o_n, mask=m_n, other=0.0)
-            b_dden = -(b_fg * b_inv) * b_inv
-            if HALF:
-                b_a0, b_a1 = b_f0, b_f1
-                if BY_ROW:
-                    b_row = row_scale(b_f0, b_f1, K1)
-                    b_a0, b_a1 = b_f0 / b_row[:, None], b_f1 / b_row[:, None]
-                    b_c, c_scale = column_operand(b_dden * b_row, dtype)
-                else:
-                    b_c, c_scale = column_operand(b_dden, dtype)
-                b_c = tl.trans(b_c)
-                b_dz0 = scaled_product(b_c, b_a0.to(dtype), b_dz0, c_scale, PRECISION)
-                if K1 > 0:
-                    b_dz1 = scaled_product(b_c, b_a1.to(dtype), b_dz1, c_scale, PRECISION)
+                    b_g1 = scaled_product(b_y0, tl.trans(b_s10), b_g1, s_scale, PRECISION)
+                if K1 * V1 > 0:
+                    b_g1 = scaled_product(b_y1, tl.trans(b_s11), b_g1, s_scale, PRECISION)
             else:
-                b_dz0 += b_f0 * b_dden[:, None]
+                for j in range(GROUPS):
+                    c_o = tile_offset(stride_yn, stride_yd, j * V0, BLOCK_N, V0, ORDER_Y, UNIT)
+                    c_y = tl.load(p_y + c_o, mask=tile_mask(m_x, j * V0, V, V0, V0), other=0.0)
+                    c_s0, _, c_s1, _, c_scale = load_state(
+                        state, factor, j * V0, K, V, K0, K1, KB, V0, 0, dtype
+                    )
+                    b_g0 = scaled_product(c_y, tl.trans(c_s0), b_g0, c_scale, PRECISION)
+                    if K1 > 0:
+                        b_g1 = scaled_product(c_y, tl.trans(c_s1), b_g1, c_scale, PRECISION)
+            # Never true; as in `grad_query_kernel`.
+            b_x0 = tl.where(b_g0 > float("inf"), 0.0, b_x0)
+            if K1 > 0:
+                b_x1 = tl.where(b_g1 > float("inf"), 0.0, b_x1)
+            b_f0, b_f1 = features(
+                b_x0, b_x1, rows, c_0, c_1, o_n, m_x, N, K1, FEATURE_MAP, POWER, ACC
+            )
+            if table is not None:
+                b_t0, b_t1 = load_table(table, i_n, m_n, K, K0, K1, KB, BLOCK_N)
+                b_t0 = tl.where(b_g0 > float("inf"), 0.0, b_t0)
                 if K1 > 0:
-                    b_dz1 += b_f1 * b_dden[:, None]
-            b_g0 = b_g0 * b_inv[:, None] + b_dden[:, None] * b_z0[None, :]
+                    b_t1 = tl.where(b_g1 > float("inf"), 0.0, b_t1)
+                b_g0, b_g1 = rotate(b_g0, b_g1, b_t0, b_t1, K1, ROTARY, True)
+
+            if inverse is not None:
+                b_fg = tl.sum(b_f0 * b_g0, 1)
+                if K1 > 0:
+                    b_fg += tl.sum(b_f1 * b_g1, 1)
+                b_inv = tl.load(inverse + i_bh * N + o_n, mask=m_n, other=0.0)
+                b_dden = -(b_fg * b_inv) * b_inv
+                if HALF:
+                    b_a0, b_a1 = b_f0, b_f1
+                    if BY_ROW:
+                        b_row = row_scale(b_f0, b_f1, K1)
+                        b_a0, b_a1 = b_f0 / b_row[:, None], b_f1 / b_row[:, None]
+                        b_c, c_scale = column_operand(b_dden * b_row, dtype)
+                    else:
+                        b_c, c_scale = column_operand(b_dden, dtype)
+                    b_c = tl.trans(b_c)
+                    b_dz0 = scaled_product(b_c, b_a0.to(dtype), b_dz0, c_scale, PRECISION)
+                    if K1 > 0:
+                        b_dz1 = scaled_product(b_c, b_a1.to(dtype), b_dz1, c_scale, PRECISION)
+                else:
+                    b_dz0 += b_f0 * b_dden[:, None]
+                    if K1 > 0:
+                        b_dz1 += b_f1 * b_dden[:, None]
+                b_g0 = b_g0 * b_inv[:, None] + b_dden[:, None] * b_z0[None, :]
+                if K1 > 0:
+                    b_g1 = b_g1 * b_inv[:, None] + b_dden[:, None] * b_z1[None, :]
+            elif NORMALIZE:
+                b_g0 += b_z0[None, :]
+                if K1 > 0:
+                    b_g1 += b_z1[None, :]
+            if dweight is not None:
+                b_dw = tl.sum(b_f0 * b_g0, 1)
+                if K1 > 0:
+                    b_dw += tl.sum(b_f1 * b_g1, 1)
+                tl.store(dweight + o_n, tl.where(m_x, b_dw, 0.0), mask=m_n)
+            if weight is not None:
+                b_w = tl.load(weight + o_n.to(tl.int64) * stride_wn, mask=m_x, other=0.0).to(ACC)
+                b_g0, b_g1 = b_g0 * b_w[:, None], b_g1 * b_w[:, None]
+            b_dx0 = feature_gradient(b_g0, b_f0, FEATURE_MAP)
+            b_dx1 = b_dx0
             if K1 > 0:
-                b_g1 = b_g1 * b_inv[:, None] + b_dden[:, None] * b_z1[None, :]
-        elif NORMALIZE:
-            b_g0 += b_z0[None, :]
-            if K1 > 0:
-                b_g1 += b_z1[None, :]
-        if dweight is not None:
-            b_dw = tl.sum(b_f0 * b_g0, 1)
-            if K1 > 0:
-                b_dw += tl.sum(b_f1 * b_g1, 1)
-            tl.store(dweight + o_n, tl.where(m_x, b_dw, 0.0), mask=m_n)
-        if weight is not None:
-            b_w = tl.load(weight + o_n.to(tl.int64) * stride_wn, mask=m_x, other=0.0).to(ACC)
-            b_g0, b_g1 = b_g0 * b_w[:, None], b_g1 * b_w[:, None]
-        b_dx0 = feature_gradient(b_g0, b_f0, FEATURE_MAP)
-        b_dx1 = b_dx0
-        if K1 > 0:
-            b_dx1 = feature_gradient(b_g1, b_f1, FEATURE_MAP)
-        if mask is not None:
-            b_dx0 = tl.where(m_x[:, None], b_dx0, 0.0)
-            b_dx1 = tl.where(m_x[:, None], b_dx1, 0.0)
-        store_pair(p_g, b_dx0, b_dx1, o_g0, o_g1, m_n, 0, K, K0, K1, KB)
+                b_dx1 = feature_gradient(b_g1, b_f1, FEATURE_MAP)
+            if mask is not None:
+                b_dx0 = tl.where(m_x[:, None], b_dx0, 0.0)
+                b_dx1 = tl.where(m_x[:, None], b_dx1, 0.0)
+            store_pair(p_g, b_dx0, b_dx1, o_g0, o_g1, m_n, 0, K, K0, K1, KB)
 
     if partial is not None:
         store_key_sum(partial + row * K, tl.sum(b_dz0, 0), tl.sum(b_dz1, 0), K, 0, K0, K1, KB)
@@ -212,7 +220,8 @@ def plan_grad_feature(
     """(launch, chunk, shape and dtype of the partial sums of z')."""
     B, H, N, K = x.shape
     V = y.shape[-1]
-    tiling = Tiling.of("grad_feature", dtype, K, V, side.rotary)
+    name = "grad_feature" if sums else "grad_feature_of_key"
+    tiling = Tiling.of(name, dtype, K, V, side.rotary)
     chunk, splits = tiling.split(N) if sums else tiling.run(B * H, N)
     programs = side.programs(B * H, H, N, chunk, splits)
     layout = Layout.of(dtype.itemsize, x, y, dx)
@@ -238,8 +247,7 @@ def plan_grad_feature(
             "ACC": Tiling.acc(dtype),
             "PRECISION": tiling.precision,
         },
-        tiling.num_warps,
-        tiling.num_stages,
+        tiling.options,
     )
     rows = (programs // H, H) if side.sequences else (B, H, splits)
     return launch, chunk, (*rows, K), tiling.acc_dtype

@@ -135,8 +135,7 @@ def plan_grad_focus(
             "ACC": Tiling.acc(dtype),
             "STAGES": STAGES,
         },
-        num_warps=4,
-        num_stages=STAGES,
+        {"num_warps": 4, "num_stages": STAGES},
     )
     return launch, B * runs
 

@@ -207,8 +207,7 @@ def plan_grad_key(
             "ACC": Tiling.acc(dtype),
             "PRECISION": tiling.precision,
         },
-        tiling.num_warps,
-        tiling.num_stages,
+        tiling.options,
     )
 
 

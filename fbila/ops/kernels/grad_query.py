@@ -40,7 +40,9 @@ from .tiles import (
     store_key_sum,
     store_pair,
     store_state,
+    token_mask,
     token_offset,
+    whole_blocks,
 )
 from .tiling import Tiling
 
@@ -101,81 +103,87 @@ def grad_query_kernel(
     if K1 * V1 > 0:
         b_ds11 = tl.zeros((K1, V1), dtype=ACC)
 
-    for i_n in range(start, end, BLOCK_N):
-        o_n = i_n + tl.arange(0, BLOCK_N)
-        m_n = o_n < end
-        p_q = q + token_offset(i_n, stride_qn, ORDER_Q, UNIT)
-        p_o = do + token_offset(i_n, stride_on, ORDER_O, UNIT)
-        p_g = dq + token_offset(i_n, stride_gn, ORDER_G, UNIT)
-        b_q0, b_q1 = load_pair(p_q, o_q0, o_q1, m_n, 0, K, K0, K1, KB)
-        b_do0, b_do1 = load_pair(p_o, o_o0, o_o1, m_n, 0, V, V0, V1, V0)
+    whole = whole_blocks(start, end, BLOCK_N)
+    for WHOLE in tl.static_range(1, -1, -1):
+        first = start if WHOLE else whole
+        last = whole if WHOLE else end
+        for i_n in tl.range(first, last, BLOCK_N, num_stages=None if WHOLE else 1):
+            o_n = i_n + tl.arange(0, BLOCK_N)
+            m_n = token_mask(o_n, end, WHOLE)
+            p_q = q + token_offset(i_n, stride_qn, ORDER_Q, UNIT)
+            p_o = do + token_offset(i_n, stride_on, ORDER_O, UNIT)
+            p_g = dq + token_offset(i_n, stride_gn, ORDER_G, UNIT)
+            b_q0, b_q1 = load_pair(p_q, o_q0, o_q1, m_n, 0, K, K0, K1, KB)
+            b_do0, b_do1 = load_pair(p_o, o_o0, o_o1, m_n, 0, V, V0, V1, V0)
 
-        b_g0 = tl.zeros((BLOCK_N, K0), dtype=ACC)
-        b_g0 = product(b_do0, tl.trans(b_s00), b_g0, PRECISION)
-        if V1 > 0:
-            b_g0 = product(b_do1, tl.trans(b_s01), b_g0, PRECISION)
-        # Never true; it puts q into the registers of the thread that holds the same element
-        # of g, so that phi is computed once and the sums over K stay within a few threads.
-        b_q0 = tl.where(b_g0 > float("inf"), 0.0, b_q0)
-        b_g1 = b_g0
-        if K1 > 0:
-            b_g1 = tl.zeros((BLOCK_N, K1), dtype=ACC)
-            b_g1 = product(b_do0, tl.trans(b_s10), b_g1, PRECISION)
+            b_g0 = tl.zeros((BLOCK_N, K0), dtype=ACC)
+            b_g0 = product(b_do0, tl.trans(b_s00), b_g0, PRECISION)
             if V1 > 0:
-                b_g1 = product(b_do1, tl.trans(b_s11), b_g1, PRECISION)
-            b_q1 = tl.where(b_g1 > float("inf"), 0.0, b_q1)
-        b_f0, b_f1 = features(b_q0, b_q1, rows, c_0, c_1, o_n, m_n, N, K1, FEATURE_MAP, POWER, ACC)
-        if dtype == tl.float16:
-            b_g0, b_g1 = b_g0 * s_scale, b_g1 * s_scale
-
-        a_scale = 1.0
-        b_a0, b_a1 = b_f0, b_f1
-        if table is not None:
-            b_t0, b_t1 = load_table(table, i_n, m_n, K, K0, K1, KB, BLOCK_N)
-            b_t0 = tl.where(b_g0 > float("inf"), 0.0, b_t0)
+                b_g0 = product(b_do1, tl.trans(b_s01), b_g0, PRECISION)
+            # Never true; it puts q into the registers of the thread that holds the same element
+            # of g, so that phi is computed once and the sums over K stay within a few threads.
+            b_q0 = tl.where(b_g0 > float("inf"), 0.0, b_q0)
+            b_g1 = b_g0
             if K1 > 0:
-                b_t1 = tl.where(b_g1 > float("inf"), 0.0, b_t1)
-            b_a0, b_a1 = rotate(b_f0, b_f1, b_t0, b_t1, K1, ROTARY, False)
-            b_g0, b_g1 = rotate(b_g0, b_g1, b_t0, b_t1, K1, ROTARY, True)
-        if NORMALIZE:
-            b_fg = tl.sum(b_f0 * b_g0, 1)
-            if K1 > 0:
-                b_fg += tl.sum(b_f1 * b_g1, 1)
-            # 0 beyond the end, where rows must add nothing.
-            b_inv = tl.load(inverse + i_bh * N + o_n, mask=m_n, other=0.0)
-            b_dden = -(b_fg * b_inv) * b_inv
-            b_a0, b_a1 = b_a0 * b_inv[:, None], b_a1 * b_inv[:, None]
-            b_dz0 += b_f0 * b_dden[:, None]
-            b_g0 = b_g0 * b_inv[:, None] + b_dden[:, None] * b_z0[None, :]
-            if K1 > 0:
-                b_dz1 += b_f1 * b_dden[:, None]
-                b_g1 = b_g1 * b_inv[:, None] + b_dden[:, None] * b_z1[None, :]
+                b_g1 = tl.zeros((BLOCK_N, K1), dtype=ACC)
+                b_g1 = product(b_do0, tl.trans(b_s10), b_g1, PRECISION)
+                if V1 > 0:
+                    b_g1 = product(b_do1, tl.trans(b_s11), b_g1, PRECISION)
+                b_q1 = tl.where(b_g1 > float("inf"), 0.0, b_q1)
+            b_f0, b_f1 = features(
+                b_q0, b_q1, rows, c_0, c_1, o_n, m_n, N, K1, FEATURE_MAP, POWER, ACC
+            )
             if dtype == tl.float16:
-                top = peak(b_a0)
-                if K1 > 0:
-                    top = tl.maximum(top, peak(b_a1))
-                a_scale = operand_scale(top)
-                b_a0, b_a1 = b_a0 / a_scale, b_a1 / a_scale
-        b_a0 = tl.trans(b_a0.to(dtype))
-        b_ds00 = scaled_product(b_a0, b_do0, b_ds00, a_scale, PRECISION)
-        if V1 > 0:
-            b_ds01 = scaled_product(b_a0, b_do1, b_ds01, a_scale, PRECISION)
-        if K1 > 0:
-            b_a1 = tl.trans(b_a1.to(dtype))
-            b_ds10 = scaled_product(b_a1, b_do0, b_ds10, a_scale, PRECISION)
-            if V1 > 0:
-                b_ds11 = scaled_product(b_a1, b_do1, b_ds11, a_scale, PRECISION)
+                b_g0, b_g1 = b_g0 * s_scale, b_g1 * s_scale
 
-        if dweight is not None:
-            b_dw = tl.sum(b_f0 * b_g0, 1)
+            a_scale = 1.0
+            b_a0, b_a1 = b_f0, b_f1
+            if table is not None:
+                b_t0, b_t1 = load_table(table, i_n, m_n, K, K0, K1, KB, BLOCK_N)
+                b_t0 = tl.where(b_g0 > float("inf"), 0.0, b_t0)
+                if K1 > 0:
+                    b_t1 = tl.where(b_g1 > float("inf"), 0.0, b_t1)
+                b_a0, b_a1 = rotate(b_f0, b_f1, b_t0, b_t1, K1, ROTARY, False)
+                b_g0, b_g1 = rotate(b_g0, b_g1, b_t0, b_t1, K1, ROTARY, True)
+            if NORMALIZE:
+                b_fg = tl.sum(b_f0 * b_g0, 1)
+                if K1 > 0:
+                    b_fg += tl.sum(b_f1 * b_g1, 1)
+                # 0 beyond the end, where rows must add nothing.
+                b_inv = tl.load(inverse + i_bh * N + o_n, mask=m_n, other=0.0)
+                b_dden = -(b_fg * b_inv) * b_inv
+                b_a0, b_a1 = b_a0 * b_inv[:, None], b_a1 * b_inv[:, None]
+                b_dz0 += b_f0 * b_dden[:, None]
+                b_g0 = b_g0 * b_inv[:, None] + b_dden[:, None] * b_z0[None, :]
+                if K1 > 0:
+                    b_dz1 += b_f1 * b_dden[:, None]
+                    b_g1 = b_g1 * b_inv[:, None] + b_dden[:, None] * b_z1[None, :]
+                if dtype == tl.float16:
+                    top = peak(b_a0)
+                    if K1 > 0:
+                        top = tl.maximum(top, peak(b_a1))
+                    a_scale = operand_scale(top)
+                    b_a0, b_a1 = b_a0 / a_scale, b_a1 / a_scale
+            b_a0 = tl.trans(b_a0.to(dtype))
+            b_ds00 = scaled_product(b_a0, b_do0, b_ds00, a_scale, PRECISION)
+            if V1 > 0:
+                b_ds01 = scaled_product(b_a0, b_do1, b_ds01, a_scale, PRECISION)
             if K1 > 0:
-                b_dw += tl.sum(b_f1 * b_g1, 1)
-            tl.store(dweight + i_bh * N + o_n, b_dw, mask=m_n)
-        b_dq0 = feature_gradient(b_g0, b_f0, FEATURE_MAP)
-        b_dq1 = b_dq0
-        if K1 > 0:
-            b_dq1 = feature_gradient(b_g1, b_f1, FEATURE_MAP)
-        store_pair(p_g, b_dq0, b_dq1, o_g0, o_g1, m_n, 0, K, K0, K1, KB)
+                b_a1 = tl.trans(b_a1.to(dtype))
+                b_ds10 = scaled_product(b_a1, b_do0, b_ds10, a_scale, PRECISION)
+                if V1 > 0:
+                    b_ds11 = scaled_product(b_a1, b_do1, b_ds11, a_scale, PRECISION)
+
+            if dweight is not None:
+                b_dw = tl.sum(b_f0 * b_g0, 1)
+                if K1 > 0:
+                    b_dw += tl.sum(b_f1 * b_g1, 1)
+                tl.store(dweight + i_bh * N + o_n, b_dw, mask=m_n)
+            b_dq0 = feature_gradient(b_g0, b_f0, FEATURE_MAP)
+            b_dq1 = b_dq0
+            if K1 > 0:
+                b_dq1 = feature_gradient(b_g1, b_f1, FEATURE_MAP)
+            store_pair(p_g, b_dq0, b_dq1, o_g0, o_g1, m_n, 0, K, K0, K1, KB)
 
     partial += row * (K * V + K)
     store_state(partial, b_ds00, b_ds01, b_ds10, b_ds11, 0, K, V, K0, K1, KB, V0, V1)
@@ -222,8 +230,7 @@ def plan_grad_query(
             "ACC": Tiling.acc(dtype),
             "PRECISION": tiling.precision,
         },
-        tiling.num_warps,
-        tiling.num_stages,
+        tiling.options,
     )
     rows = (programs // H, H) if side.sequences else (B, H, splits)
     return launch, chunk, (*rows, K * V + K), tiling.acc_dtype

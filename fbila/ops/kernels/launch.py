@@ -29,7 +29,8 @@ class Launch:
     """A kernel with its grid and all its arguments but the tensors, which come first.
 
     numbers: the arguments after the tensors. constants: the `tl.constexpr` ones, last and in order.
-    The dtypes of the tensors must follow from what the launch was made for.
+    options: num_warps and the like. The dtypes of the tensors must follow from what the launch was
+    made for.
     """
 
     def __init__(
@@ -38,8 +39,7 @@ class Launch:
         programs: tuple[int, int],
         numbers: tuple[Any, ...],
         constants: dict[str, Any],
-        num_warps: int,
-        num_stages: int,
+        options: dict[str, int],
     ) -> None:
         # They are passed by position.
         assert kernel.arg_names[-len(constants) :] == list(constants)
@@ -48,7 +48,7 @@ class Launch:
         self.numbers = numbers
         self.constants = constants
         self.tail = (*numbers, *constants.values())
-        self.options = {"num_warps": num_warps, "num_stages": num_stages}
+        self.options = options
         # What Triton compiled, by device, missing tensors and alignment of the others.
         self.compiled: dict[Any, Any] = {}
 

@@ -29,7 +29,9 @@ from .tiles import (
     product,
     row_scale,
     store_pair,
+    token_mask,
     token_offset,
+    whole_blocks,
 )
 from .tiling import Tiling
 
@@ -91,61 +93,67 @@ def output_kernel(
             if K1 > 0:
                 b_c1, c_scale1 = column_operand(b_z1, dtype)
 
-    for i_n in range(start, end, BLOCK_N):
-        o_n = i_n + tl.arange(0, BLOCK_N)
-        m_n = o_n < end
-        p_q = q + token_offset(i_n, stride_qn, ORDER_Q, UNIT)
-        p_o = o + token_offset(i_n, stride_on, ORDER_O, UNIT)
-        b_q0, b_q1 = load_pair(p_q, o_q0, o_q1, m_n, 0, K, K0, K1, KB)
-        b_f0, b_f1 = features(b_q0, b_q1, rows, c_0, c_1, o_n, m_n, N, K1, FEATURE_MAP, POWER, ACC)
-        b_r0, b_r1 = b_f0, b_f1
-        if table is not None:
-            b_t0, b_t1 = load_table(table, i_n, m_n, K, K0, K1, KB, BLOCK_N)
-            b_r0, b_r1 = rotate(b_f0, b_f1, b_t0, b_t1, K1, ROTARY, False)
-        if BY_ROW:
-            b_row = row_scale(b_f0, b_f1, K1)
-            b_f0, b_f1 = b_f0 / b_row[:, None], b_f1 / b_row[:, None]
+    whole = whole_blocks(start, end, BLOCK_N)
+    for WHOLE in tl.static_range(1, -1, -1):
+        first = start if WHOLE else whole
+        last = whole if WHOLE else end
+        for i_n in tl.range(first, last, BLOCK_N, num_stages=None if WHOLE else 1):
+            o_n = i_n + tl.arange(0, BLOCK_N)
+            m_n = token_mask(o_n, end, WHOLE)
+            p_q = q + token_offset(i_n, stride_qn, ORDER_Q, UNIT)
+            p_o = o + token_offset(i_n, stride_on, ORDER_O, UNIT)
+            b_q0, b_q1 = load_pair(p_q, o_q0, o_q1, m_n, 0, K, K0, K1, KB)
+            b_f0, b_f1 = features(
+                b_q0, b_q1, rows, c_0, c_1, o_n, m_n, N, K1, FEATURE_MAP, POWER, ACC
+            )
             b_r0, b_r1 = b_f0, b_f1
-        b_a0 = b_r0.to(dtype)
-        b_o0 = product(b_a0, b_s00, tl.zeros((BLOCK_N, V0), dtype=ACC), PRECISION)
-        b_o1 = b_o0
-        if V1 > 0:
-            b_o1 = product(b_a0, b_s01, tl.zeros((BLOCK_N, V1), dtype=ACC), PRECISION)
-        if K1 > 0:
-            b_a1 = b_r1.to(dtype)
-            b_o0 = product(b_a1, b_s10, b_o0, PRECISION)
-            if V1 > 0:
-                b_o1 = product(b_a1, b_s11, b_o1, PRECISION)
-        if NORMALIZE:
-            if HALF:
-                b_den = tl.dot(b_f0.to(dtype), b_c0, out_dtype=ACC)
-                b_den = tl.sum(b_den, 1) * c_scale0
-                if K1 > 0:
-                    b_den += tl.sum(tl.dot(b_f1.to(dtype), b_c1, out_dtype=ACC), 1) * c_scale1
-            else:
-                b_den = tl.sum(b_f0 * b_z0[None, :], 1)
-                if K1 > 0:
-                    b_den += tl.sum(b_f1 * b_z1[None, :], 1)
+            if table is not None:
+                b_t0, b_t1 = load_table(table, i_n, m_n, K, K0, K1, KB, BLOCK_N)
+                b_r0, b_r1 = rotate(b_f0, b_f1, b_t0, b_t1, K1, ROTARY, False)
             if BY_ROW:
-                b_den *= b_row
-            b_inv = 1.0 / (b_den + eps)
-            if inverse is not None:  # noqa: SIM102 - known when compiled, the next one is not
-                if first_v == 0:
-                    tl.store(inverse + (i_b * H + i_h) * N + o_n, b_inv, mask=m_n)
-            b_inv *= s_scale
-            b_o0, b_o1 = b_o0 * b_inv[:, None], b_o1 * b_inv[:, None]
-        elif dtype == tl.float16:
-            b_o0, b_o1 = b_o0 * s_scale, b_o1 * s_scale
-        if BY_ROW:
-            b_o0, b_o1 = b_o0 * b_row[:, None], b_o1 * b_row[:, None]
-        if weight is not None:
-            b_w = tl.load(weight + o_n.to(tl.int64) * stride_wn, mask=m_n, other=0.0).to(ACC)
-            b_o0, b_o1 = b_o0 * b_w[:, None], b_o1 * b_w[:, None]
-        if mask is not None:
-            m_k = key_rows(mask, o_n, m_n, stride_mn)
-            b_o0 = tl.where(m_k[:, None], b_o0, 0.0)
-            b_o1 = tl.where(m_k[:, None], b_o1, 0.0)
-        store_pair(p_o, b_o0, b_o1, o_o0, o_o1, m_n, first_v, V, V0, V1, V0)
+                b_row = row_scale(b_f0, b_f1, K1)
+                b_f0, b_f1 = b_f0 / b_row[:, None], b_f1 / b_row[:, None]
+                b_r0, b_r1 = b_f0, b_f1
+            b_a0 = b_r0.to(dtype)
+            b_o0 = product(b_a0, b_s00, tl.zeros((BLOCK_N, V0), dtype=ACC), PRECISION)
+            b_o1 = b_o0
+            if V1 > 0:
+                b_o1 = product(b_a0, b_s01, tl.zeros((BLOCK_N, V1), dtype=ACC), PRECISION)
+            if K1 > 0:
+                b_a1 = b_r1.to(dtype)
+                b_o0 = product(b_a1, b_s10, b_o0, PRECISION)
+                if V1 > 0:
+                    b_o1 = product(b_a1, b_s11, b_o1, PRECISION)
+            if NORMALIZE:
+                if HALF:
+                    b_den = tl.dot(b_f0.to(dtype), b_c0, out_dtype=ACC)
+                    b_den = tl.sum(b_den, 1) * c_scale0
+                    if K1 > 0:
+                        b_den += tl.sum(tl.dot(b_f1.to(dtype), b_c1, out_dtype=ACC), 1) * c_scale1
+                else:
+                    b_den = tl.sum(b_f0 * b_z0[None, :], 1)
+                    if K1 > 0:
+                        b_den += tl.sum(b_f1 * b_z1[None, :], 1)
+                if BY_ROW:
+                    b_den *= b_row
+                b_inv = 1.0 / (b_den + eps)
+                if inverse is not None:  # noqa: SIM102 - known when compiled, the next one is not
+                    if first_v == 0:
+                        tl.store(inverse + (i_b * H + i_h) * N + o_n, b_inv, mask=m_n)
+                b_inv *= s_scale
+                b_o0, b_o1 = b_o0 * b_inv[:, None], b_o1 * b_inv[:, None]
+            elif dtype == tl.float16:
+                b_o0, b_o1 = b_o0 * s_scale, b_o1 * s_scale
+            if BY_ROW:
+                b_o0, b_o1 = b_o0 * b_row[:, None], b_o1 * b_row[:, None]
+            if weight is not None:
+                b_w = tl.load(weight + o_n.to(tl.int64) * stride_wn, mask=m_n, other=0.0).to(ACC)
+                b_o0, b_o1 = b_o0 * b_w[:, None], b_o1 * b_w[:, None]
+            if mask is not None:
+                m_k = key_rows(mask, o_n, m_n, stride_mn)
+                b_o0 = tl.where(m_k[:, None], b_o0, 0.0)
+                b_o1 = tl.where(m_k[:, None], b_o1, 0.0)
+            store_pair(p_o, b_o0, b_o1, o_o0, o_o1, m_n, first_v, V, V0, V1, V0)
 
 
 @lru_cache(maxsize=1024)
@@ -188,8 +196,7 @@ def plan_output(
             "ACC": Tiling.acc(dtype),
             "PRECISION": tiling.precision,
         },
-        tiling.num_warps,
-        tiling.num_stages,
+        tiling.options,
     )
 
 

@@ -31,7 +31,9 @@ from .tiles import (
     scaled_product,
     store_key_sum,
     store_state,
+    token_mask,
     token_offset,
+    whole_blocks,
 )
 from .tiling import Tiling
 
@@ -86,46 +88,54 @@ def state_kernel(
     if K1 * V1 > 0:
         b_s11 = tl.zeros((K1, V1), dtype=ACC)
 
-    for i_m in range(start, end, BLOCK_M):
-        o_m = i_m + tl.arange(0, BLOCK_M)
-        m_m = key_rows(mask, o_m, o_m < end, stride_mm)
-        p_k = k + token_offset(i_m, stride_km, ORDER_K, UNIT)
-        p_v = v + token_offset(i_m, stride_vm, ORDER_V, UNIT)
-        b_k0, b_k1 = load_pair(p_k, o_k0, o_k1, m_m, 0, K, K0, K1, KB)
-        b_v0, b_v1 = load_pair(p_v, o_v0, o_v1, m_m, first_v, V, V0, V1, V0)
-        # phi(0) is not 0 for every map, so rows beyond the end are cleared after it: by their
-        # weight, or by a select.
-        b_f0, b_f1 = features(b_k0, b_k1, rows, c_0, c_1, o_m, m_m, M, K1, FEATURE_MAP, POWER, ACC)
-        if weight is None:
-            b_f0 = tl.where(m_m[:, None], b_f0, 0.0)
-            if K1 > 0:
-                b_f1 = tl.where(m_m[:, None], b_f1, 0.0)
-        else:
-            b_w = tl.load(weight + o_m.to(tl.int64) * stride_wm, mask=m_m, other=0.0).to(ACC)
-            b_f0, b_f1 = b_f0 * b_w[:, None], b_f1 * b_w[:, None]
-        if SUM_KEYS:
-            b_z0 += b_f0
-            if K1 > 0:
-                b_z1 += b_f1
-        if table is not None:
-            b_t0, b_t1 = load_table(table, i_m, m_m, K, K0, K1, KB, BLOCK_M)
-            b_f0, b_f1 = rotate(b_f0, b_f1, b_t0, b_t1, K1, ROTARY, False)
-        scale = 1.0
-        if RESCALE:
-            top = peak(b_f0)
-            if K1 > 0:
-                top = tl.maximum(top, peak(b_f1))
-            scale = operand_scale(top)
-            b_f0, b_f1 = b_f0 / scale, b_f1 / scale
-        b_a0 = tl.trans(b_f0.to(dtype))
-        b_s00 = accumulate(b_a0, b_v0, b_s00, scale, RESCALE, PRECISION)
-        if V1 > 0:
-            b_s01 = accumulate(b_a0, b_v1, b_s01, scale, RESCALE, PRECISION)
-        if K1 > 0:
-            b_a1 = tl.trans(b_f1.to(dtype))
-            b_s10 = accumulate(b_a1, b_v0, b_s10, scale, RESCALE, PRECISION)
+    whole = whole_blocks(start, end, BLOCK_M)
+    for WHOLE in tl.static_range(1, -1, -1):
+        first = start if WHOLE else whole
+        last = whole if WHOLE else end
+        for i_m in tl.range(first, last, BLOCK_M, num_stages=None if WHOLE else 1):
+            o_m = i_m + tl.arange(0, BLOCK_M)
+            m_m = key_rows(mask, o_m, token_mask(o_m, end, WHOLE), stride_mm)
+            p_k = k + token_offset(i_m, stride_km, ORDER_K, UNIT)
+            p_v = v + token_offset(i_m, stride_vm, ORDER_V, UNIT)
+            b_k0, b_k1 = load_pair(p_k, o_k0, o_k1, m_m, 0, K, K0, K1, KB)
+            b_v0, b_v1 = load_pair(p_v, o_v0, o_v1, m_m, first_v, V, V0, V1, V0)
+            # phi(0) is not 0 for every map, so rows beyond the end are cleared after it: by their
+            # weight, or by a select.
+            b_f0, b_f1 = features(
+                b_k0, b_k1, rows, c_0, c_1, o_m, m_m, M, K1, FEATURE_MAP, POWER, ACC
+            )
+            if weight is None:
+                # Whole blocks too: without, Triton computes phi twice, in the layout of each sum.
+                m_f = m_m & (o_m < end)
+                b_f0 = tl.where(m_f[:, None], b_f0, 0.0)
+                if K1 > 0:
+                    b_f1 = tl.where(m_f[:, None], b_f1, 0.0)
+            else:
+                b_w = tl.load(weight + o_m.to(tl.int64) * stride_wm, mask=m_m, other=0.0).to(ACC)
+                b_f0, b_f1 = b_f0 * b_w[:, None], b_f1 * b_w[:, None]
+            if SUM_KEYS:
+                b_z0 += b_f0
+                if K1 > 0:
+                    b_z1 += b_f1
+            if table is not None:
+                b_t0, b_t1 = load_table(table, i_m, m_m, K, K0, K1, KB, BLOCK_M)
+                b_f0, b_f1 = rotate(b_f0, b_f1, b_t0, b_t1, K1, ROTARY, False)
+            scale = 1.0
+            if RESCALE:
+                top = peak(b_f0)
+                if K1 > 0:
+                    top = tl.maximum(top, peak(b_f1))
+                scale = operand_scale(top)
+                b_f0, b_f1 = b_f0 / scale, b_f1 / scale
+            b_a0 = tl.trans(b_f0.to(dtype))
+            b_s00 = accumulate(b_a0, b_v0, b_s00, scale, RESCALE, PRECISION)
             if V1 > 0:
-                b_s11 = accumulate(b_a1, b_v1, b_s11, scale, RESCALE, PRECISION)
+                b_s01 = accumulate(b_a0, b_v1, b_s01, scale, RESCALE, PRECISION)
+            if K1 > 0:
+                b_a1 = tl.trans(b_f1.to(dtype))
+                b_s10 = accumulate(b_a1, b_v0, b_s10, scale, RESCALE, PRECISION)
+                if V1 > 0:
+                    b_s11 = accumulate(b_a1, b_v1, b_s11, scale, RESCALE, PRECISION)
 
     partial += row * (K * V + (K if SUM_KEYS else 0))
     store_state(partial, b_s00, b_s01, b_s10, b_s11, first_v, K, V, K0, K1, KB, V0, V1)
@@ -148,7 +158,7 @@ def plan_state(
     """(launch, chunk, shape and dtype of the partial sums)."""
     B, H, M, K = k.shape
     V = v.shape[-1]
-    tiling = Tiling.of("state", dtype, K, V, side.rotary)
+    tiling = Tiling.of("state" if sum_keys else "grad_state", dtype, K, V, side.rotary)
     chunk, splits = tiling.split(M)
     programs = side.programs(B * H, H, M, chunk, splits)
     layout = Layout.of(dtype.itemsize, k, v)
@@ -172,8 +182,7 @@ def plan_state(
             "ACC": Tiling.acc(dtype),
             "PRECISION": tiling.precision,
         },
-        tiling.num_warps,
-        tiling.num_stages,
+        tiling.options,
     )
     rows = (programs // H, H) if side.sequences else (B, H, splits)
     return launch, chunk, (*rows, K * V + (K if sum_keys else 0)), tiling.acc_dtype

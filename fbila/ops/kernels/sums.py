@@ -74,8 +74,7 @@ def plan_sum_splits(states: int, splits: int, rows: Rows, dtype: torch.dtype) ->
         (states * triton.cdiv(rows.size, BLOCK), 1),
         (splits,),
         {**rows.constants, "ACC": Tiling.acc(dtype)},
-        num_warps=4,
-        num_stages=1,
+        {"num_warps": 4, "num_stages": 1},
     )
 
 
@@ -88,8 +87,7 @@ def plan_sum_sequences(
         (states * triton.cdiv(rows.size, BLOCK), 1),
         (heads, group, tokens, chunk),
         {**rows.constants, "ACC": Tiling.acc(dtype)},
-        num_warps=4,
-        num_stages=1,
+        {"num_warps": 4, "num_stages": 1},
     )
 
 

@@ -104,6 +104,25 @@ def key_rows(mask, o_m, m_m, stride_mm):
 
 
 @triton.jit
+def whole_blocks(start, end, BLOCK: tl.constexpr):
+    """Where the blocks from `start` on stop being whole.
+
+    Those are gone over first, by a loop without masks for tokens, which are up to a fifth of the
+    instructions; a second loop, of one block at most, has them.
+    """
+    return start + tl.maximum(end - start, 0) // BLOCK * BLOCK
+
+
+@triton.jit
+def token_mask(o_n, end, WHOLE: tl.constexpr):
+    """Which tokens of a block are before `end`."""
+    if WHOLE:
+        return tl.full(o_n.shape, True, tl.int1)
+    else:
+        return o_n < end
+
+
+@triton.jit
 def tile_mask(rows, first, X: tl.constexpr, WIDTH: tl.constexpr, XB: tl.constexpr):
     return rows[:, None] & column_mask(first, X, WIDTH, XB)[None, :]
 
@@ -139,11 +158,7 @@ def load_state(
     state, factor, v, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
     KB: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """factor * S from column v on as operands s00, s01, s10, s11 and the scale they stand for.
-
-    float16 ends at 65504 and sinks into subnormals below 6e-5, and S and dS pass both ends in
-    honest use, so there they are first brought to about 2^13 by a power of two, which is exact.
-    """
+    """factor * S from column v on as `state_operands`."""
     s00 = load_state_tile(state, factor, 0, v, K, V, K0, V0, KB)
     s01, s10, s11 = s00, s00, s00
     if V1 > 0:
@@ -152,6 +167,17 @@ def load_state(
         s10 = load_state_tile(state, factor, KB, v, K, V, K1, V0, K1)
     if K1 * V1 > 0:
         s11 = load_state_tile(state, factor, KB, v + V0, K, V, K1, V1, K1)
+    return state_operands(s00, s01, s10, s11, K1, V1, dtype)
+
+
+@triton.jit
+def state_operands(s00, s01, s10, s11, K1: tl.constexpr, V1: tl.constexpr, dtype: tl.constexpr):
+    """The tiles of S as operands, and the scale they stand for.
+
+    float16 ends at 65504 and sinks into subnormals below 6e-5, and S and dS pass both ends in
+    honest use, so there they are first brought to about 2^13 by a power of two, which is exact.
+    """
+    scale = tl.full((), 1.0, s00.dtype)
     if dtype == tl.float16:
         top = peak(s00)
         if V1 > 0:
@@ -162,8 +188,6 @@ def load_state(
             top = tl.maximum(top, peak(s11))
         scale = operand_scale(top)
         s00, s01, s10, s11 = s00 / scale, s01 / scale, s10 / scale, s11 / scale
-    else:
-        scale = tl.full((), 1.0, factor.dtype)
     return s00.to(dtype), s01.to(dtype), s10.to(dtype), s11.to(dtype), scale
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 # The kernels that sum a state over tokens.
-SUMS = ("state", "grad_query")
+SUMS = ("state", "grad_state", "grad_query")
 # The largest sum of outer products that one program keeps in registers, by bytes of an element.
 LARGEST_STATE = {2: 256 * 128, 4: 64 * 64, 8: 32 * 32}
 # The largest state that a program reads at once, which it keeps in shared memory.
@@ -34,33 +34,43 @@ SCHEDULES = {
     "state": (
         Schedule(32, 64, 2, 3, 2048),
         Schedule(48, 32, 4, 3, 8192),
-        Schedule(64, 32, 4, 3, 2048),
+        Schedule(64, 32, 2, 4, 2048),
         Schedule(80, 32, 2, 3, 4096),
         Schedule(112, 32, 4, 4, 5504),
         Schedule(128, 32, 4, 4, 3072),
         Schedule(160, 64, 8, 3, 8192),
-        Schedule(256, 32, 8, 3, 8192),
+        Schedule(256, 32, 8, 4, 16384),
+    ),
+    "grad_state": (
+        Schedule(80, 32, 2, 3, 4096),
+        Schedule(128, 32, 4, 4, 3072),
+        Schedule(160, 64, 8, 3, 8192),
+        Schedule(256, 32, 8, 3, 16384),
     ),
     "output": (
         Schedule(32, 128, 8, 4, 512),
-        Schedule(48, 128, 4, 3, 512),
+        Schedule(64, 64, 4, 4, 256),
         Schedule(80, 64, 4, 3, 256),
         Schedule(128, 64, 4, 4, 2048),
         Schedule(160, 64, 4, 3, 2048),
-        Schedule(256, 64, 4, 2, 4096),
+        Schedule(256, 128, 8, 1, 4096),
     ),
     "grad_query": (
         Schedule(32, 64, 4, 4, 2048),
         Schedule(48, 32, 2, 3, 1024),
         Schedule(80, 64, 4, 4, 4096),
-        Schedule(112, 32, 4, 3, 2048),
         Schedule(256, 32, 8, 3, 2048),
     ),
     "grad_feature": (
         Schedule(80, 32, 2, 3, 1024),
         Schedule(128, 64, 4, 2, 1024),
-        Schedule(160, 32, 4, 2, 2048),
+        Schedule(160, 32, 4, 3, 2048),
         Schedule(256, 32, 8, 3, 4096),
+    ),
+    "grad_feature_of_key": (
+        Schedule(128, 64, 4, 2, 1024),
+        Schedule(160, 64, 4, 2, 2048),
+        Schedule(256, 128, 8, 1, 4096),
     ),
     "grad_key": (
         Schedule(32, 128, 8, 3, 256),
@@ -69,6 +79,7 @@ SCHEDULES = {
         Schedule(80, 64, 4, 3, 512),
         Schedule(256, 64, 4, 2, 2048),
     ),
+    "short": (Schedule(64, 64, 4, 3, 256),),
 }
 # With rotary, where others are faster: the tables take registers and shared memory.
 ROTARY_SCHEDULES = {
@@ -80,8 +91,9 @@ ROTARY_SCHEDULES = {
 # float32 and float64 are not tuned. With 32 tokens the ptxas of Triton 3.6 crashes on one of the
 # float64 kernels.
 UNTUNED = {4: Schedule(256, 32, 4, 2, 2048), 8: Schedule(256, 16, 4, 1, 2048)}
-# Programs that keep a large GPU busy: a few for each of its hundred-odd multiprocessors.
-ENOUGH_PROGRAMS = 1024
+# Programs that keep a large GPU busy: a few for each of its hundred-odd multiprocessors, which run
+# at one time. Where there is more to do, twice as many: the last ones to end are fewer of all.
+ENOUGH_PROGRAMS = 512
 
 
 @dataclass(frozen=True)
@@ -101,6 +113,7 @@ class Tiling:
     num_warps: int
     num_stages: int
     span: int
+    fewest: tuple[int, int]
     sums: bool
     itemsize: int
     acc_dtype: torch.dtype
@@ -120,7 +133,7 @@ class Tiling:
             k0, k1 = head_dim_cover(K, kernel)
             kb = k0
         v0, v1 = head_dim_cover(V, kernel)
-        if kernel == "state" and k0 == 128 and 0 < k1 < 64 and not halves:
+        if kernel in ("state", "grad_state") and k0 == 128 and 0 < k1 < 64 and not halves:
             # Warp-group products have 64 rows at least.
             k1 = 64
         sums = kernel in SUMS
@@ -134,7 +147,7 @@ class Tiling:
         # One even where there are no values: z is summed with the first.
         groups = max(1, triton.cdiv(V, v0 + v1))
         stages = schedule.num_stages
-        if kernel == "grad_feature" and groups > 1:
+        if kernel.startswith("grad_feature") and groups > 1:
             # S is loaded in turn there: pipelined, it would fill the shared memory.
             stages = 1
         return Tiling(
@@ -148,6 +161,7 @@ class Tiling:
             num_warps=schedule.num_warps,
             num_stages=stages,
             span=schedule.span,
+            fewest=few_programs(kernel, max(K, V)),
             sums=sums,
             itemsize=dtype.itemsize,
             acc_dtype=torch.float64 if dtype == torch.float64 else torch.float32,
@@ -158,6 +172,11 @@ class Tiling:
     @property
     def cover(self) -> dict[str, int]:
         return {"K0": self.k0, "K1": self.k1, "KB": self.kb, "V0": self.v0, "V1": self.v1}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton is told of a launch."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
     @property
     def wide(self) -> bool:
@@ -185,11 +204,12 @@ class Tiling:
     def split(self, tokens: int) -> tuple[int, int]:
         """(tokens a program sums, number of programs) for a sum over `tokens`.
 
-        Programs of `span` tokens, but up to eight of 512 where that would be fewer: writing the
-        partial sums must stay small beside reading the tokens. B and H must not enter: see
-        `kernels.state`.
+        Programs of `span` tokens, but where that would be fewer, up to `most` of `least` tokens:
+        writing the partial sums must stay small beside reading the tokens. B and H must not enter:
+        see `kernels.state`.
         """
-        splits = max(min(8, triton.cdiv(tokens, 512)), triton.cdiv(tokens, self.span))
+        most, least = self.fewest
+        splits = max(min(most, triton.cdiv(tokens, least)), triton.cdiv(tokens, self.span))
         chunk = triton.cdiv(triton.cdiv(tokens, splits), self.block_tokens) * self.block_tokens
         return chunk, triton.cdiv(tokens, chunk)
 
@@ -199,7 +219,9 @@ class Tiling:
         Longer runs load the state less often; they stop where programs would become few.
         """
         blocks = triton.cdiv(tokens, self.block_tokens)
-        run = max(1, min(self.span // self.block_tokens, rows * blocks // ENOUGH_PROGRAMS))
+        in_turn = 2 if rows * blocks > 8 * ENOUGH_PROGRAMS else 1
+        programs = in_turn * ENOUGH_PROGRAMS
+        run = max(1, min(self.span // self.block_tokens, rows * blocks // programs))
         return run * self.block_tokens, triton.cdiv(blocks, run)
 
 
@@ -218,6 +240,13 @@ def head_dim_cover(D: int, kernel: str) -> tuple[int, int]:
         whole <= 128 and first + rest >= whole
     )
     return (whole, 0) if one else (first, rest)
+
+
+def few_programs(kernel: str, width: int) -> tuple[int, int]:
+    """(most, least) of `Tiling.split`: the wider the head, the more its partial sums take."""
+    if width > 128:
+        return 4, 1024
+    return (16, 256) if kernel == "state" and width <= 64 else (8, 512)
 
 
 def require_float64_products() -> None:
