@@ -139,13 +139,21 @@ def forward_of(
     normalizer: str,
     scale: float,
     eps: float,
-) -> torch.Tensor:
-    """Fill o and, where given, 1 / denominator; return the state."""
+) -> torch.Tensor | None:
+    """Fill o and, where given, 1 / denominator; return the state, which is not kept without."""
+    from .kernels import short
     from .kernels.output import launch_output
+    from .kernels.side import PLAIN
     from .kernels.state import launch_state
 
     normalize = normalizer != "none"
     factor, eps = scalars(normalizer, scale, eps, k.shape[2])
+    if query is keys is PLAIN and short.serves(q, k, v):
+        state = None if inverse is None else empty_state(k, v)
+        short.launch_short(
+            q, k, v, o, state, inverse if normalize else None, feature_map, normalize, factor, eps
+        )
+        return state
     state = launch_state(k, v, keys, feature_map)
     launch_output(
         q, state, o, feature_map, normalize, factor, eps,

@@ -14,7 +14,7 @@ from .autograd import ordinary
 
 if TYPE_CHECKING:
     from .kernels.backward import Backward
-    from .kernels.forward import Forward
+    from .kernels.forward import Forward, ShortForward
 
 # More kinds of calls than any model makes; a program that makes more pays for the checks.
 MOST = 4096
@@ -28,7 +28,7 @@ class Known:
 
     def __init__(self, feature_map: str, normalizer: str, scale: float, eps: float) -> None:
         self.options = (feature_map, normalizer, "none", scale, eps)
-        self.planned: Forward | None = None
+        self.planned: Forward | ShortForward | None = None
         # By the strides of do.
         self.backwards: dict[tuple[int, ...], Backward | None] = {}
 
@@ -66,13 +66,15 @@ class Known:
         return tuple(gradients)
 
     def _plan_forward(self, q, k, v, o) -> None:
-        from .kernels.forward import Forward
+        from .kernels.forward import Forward, ShortForward
+        from .kernels.short import serves
 
         if self.planned is not None or not (q.is_cuda and o.numel() and k.shape[2]):
             return
         feature_map, normalizer, _, scale, eps = self.options
         factor, eps = library.scalars(normalizer, scale, eps, k.shape[2])
-        self.planned = Forward(q, k, v, o, feature_map, normalizer, factor, eps)
+        plan = ShortForward if serves(q, k, v) else Forward
+        self.planned = plan(q, k, v, o, feature_map, normalizer, factor, eps)
 
     def _plan_backward(self, do, q, k, v, gradients) -> None:
         from .kernels.backward import Backward

@@ -40,3 +40,10 @@ def deterministic_algorithms():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def two_kernels(monkeypatch):
+    """Short sequences take the kernels of longer ones."""
+    monkeypatch.setattr("fbila.ops.kernels.short.LONGEST", 0)
+    monkeypatch.setattr("fbila.ops.repeated._PASSED", {})

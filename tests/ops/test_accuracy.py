@@ -25,7 +25,7 @@ GRID = [(*LENGTHS[i % len(LENGTHS)], K, V, VARIANTS[i % 3]) for i, (K, V) in enu
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("N, M, K, V, variant", GRID)
-def test_head_dims_and_lengths(N, M, K, V, variant, dtype):
+def test_head_dims_and_lengths(N, M, K, V, variant, dtype, two_kernels):
     assert_accurate(*make_qkv((1, 2, N, M, K, V), dtype, variant=variant), variant)
 
 

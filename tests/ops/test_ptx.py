@@ -66,6 +66,7 @@ def test_all_passes_are_seen(layout, D, kernels):
     # Wide heads take two kernels for each half of the backward pass.
     q = names >= {"state_kernel of q", "grad_feature_kernel of q"}
     k = names >= {"output_kernel of k", "grad_feature_kernel of k"}
+    assert ("short_kernel of q" in names) == (D <= 64)
     assert q or "grad_query_kernel of q" in names
     assert k or "grad_key_kernel of k" in names
 

@@ -5,13 +5,16 @@ import torch
 from helpers import CUDA, LOW, MEAN, SIMPLE, SUM, Variant, assert_accurate, eager, make_qkv
 
 M = 65536 if CUDA else 700
+# Long sequences, and short ones.
+each_length = pytest.mark.parametrize("M", [M, 250])
 
 each_dtype = pytest.mark.parametrize("dtype", LOW, ids=str)
 
 
 @each_dtype
 @pytest.mark.parametrize("variant", [MEAN, SUM], ids=lambda x: x.name)
-def test_state_beyond_float16(variant, dtype):
+@each_length
+def test_state_beyond_float16(M, variant, dtype):
     q, k, v, do = make_qkv((1, 2, 33, M, 16, 8), dtype)
     k, v = k * 30, v * 30 + 30
     assert eager(q.double(), k.double(), v.double(), variant).abs().max() < 65504
@@ -20,7 +23,8 @@ def test_state_beyond_float16(variant, dtype):
 
 
 @each_dtype
-def test_unnormalised_state_beyond_float16(dtype):
+@each_length
+def test_unnormalised_state_beyond_float16(M, dtype):
     q, k, v, do = make_qkv((1, 2, 33, M, 16, 8), dtype)
     k, v = k.abs() * 30, v * 30 + 30
     assert (k.double().transpose(-1, -2) @ v.double()).abs().min() > 65504

@@ -9,6 +9,7 @@ import torch
 from .launch import Launch, Starts
 from .memory import Axes
 from .output import plan_output
+from .short import plan_short
 from .side import PLAIN_PLAN
 from .state import plan_state
 from .sums import Rows, plan_sum_splits
@@ -81,4 +82,49 @@ class Forward:
         else:
             starts[0](p_k, p_v, *[None] * 6, p_state)
         starts[-1](p_q, p_state, o.data_ptr(), p_inverse, *[None] * 7)
+        return o, state, inverse
+
+
+class ShortForward:
+    """`Forward` where one kernel does it all; see `short.serves`."""
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        o: torch.Tensor,
+        feature_map: str,
+        normalizer: str,
+        factor: float,
+        eps: float,
+    ) -> None:
+        self.normalize = normalizer != "none"
+        axes = (Axes(x.shape, x.stride()) for x in (q, k, v, o))
+        launch = plan_short(*axes, q.dtype, feature_map, self.normalize, factor, eps)
+        self.shape, self.stride = o.shape, o.stride()
+        K, V = q.shape[3], v.shape[3]
+        self.state = (q.shape[0] * q.shape[1], K * V + K)
+        self.inverse = q.shape[:3] if self.normalize else (0,)
+        self.starts = {
+            kept: Starts([launch], [[True, True, True, True, kept, kept and self.normalize]])
+            for kept in (False, True)
+        }
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None:
+        """As that of `Forward`; the state too is only there where it is `kept`."""
+        p_q, p_k, p_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        starts = self.starts[kept].of(q.get_device(), p_q | p_k | p_v)
+        if starts is None:
+            return None
+        o = torch.empty_strided(self.shape, self.stride, dtype=q.dtype, device=q.device)
+        if not kept:
+            starts[0](p_q, p_k, p_v, o.data_ptr(), None, None)
+            return o, None, None
+        state = q.new_empty(self.state, dtype=torch.float32)
+        inverse = q.new_empty(self.inverse, dtype=torch.float32)
+        p_inverse = inverse.data_ptr() if self.normalize else None
+        starts[0](p_q, p_k, p_v, o.data_ptr(), state.data_ptr(), p_inverse)
         return o, state, inverse
