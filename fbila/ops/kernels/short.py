@@ -69,15 +69,19 @@ def short_kernel(
         m_m = i_m + tl.arange(0, BLOCK_N) < M
         p_k = k + token_offset(i_m, stride_km, ORDER_K, UNIT)
         p_v = v + token_offset(i_m, stride_vm, ORDER_V, UNIT)
-        m_k = tile_mask(m_m, 0, K, K0, K0)
-        b_k = tl.load(p_k + o_k, mask=m_k, other=0.0)
+        b_k = tl.load(p_k + o_k, mask=tile_mask(m_m, 0, K, K0, K0), other=0.0)
         b_v = tl.load(p_v + o_v, mask=tile_mask(m_m, 0, V, V0, V0), other=0.0)
-        # phi(0) is not 0 for every map, and S must be 0 outside (K, V).
-        b_f = tl.where(m_k, feature(b_k.to(ACC), FEATURE_MAP), 0.0)
+        # phi(0) is not 0 for every map.
+        b_f = tl.where(m_m[:, None], feature(b_k.to(ACC), FEATURE_MAP), 0.0)
         b_z += b_f
         b_s = product(tl.trans(b_f.to(dtype)), b_v, b_s, PRECISION)
 
     c_z = tl.sum(b_z, 0)
+    if K < K0:
+        # Channels that there are not: phi(0), or NaN where a value is inf.
+        inside = tl.arange(0, K0) < K
+        c_z = tl.where(inside, c_z, 0.0)
+        b_s = tl.where(inside[:, None], b_s, 0.0)
     if state is not None:
         state += i_bh * (K * V + K)
         store_state_tile(state, b_s, 0, 0, K, V, K0, V0, K0)

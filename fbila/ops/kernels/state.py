@@ -88,29 +88,30 @@ def state_kernel(
     if K1 * V1 > 0:
         b_s11 = tl.zeros((K1, V1), dtype=ACC)
 
-    whole = whole_blocks(start, end, BLOCK_M)
-    for WHOLE in tl.static_range(1, -1, -1):
+    # Narrow heads are faster with masks.
+    PARTED: tl.constexpr = K0 > 32
+    whole = whole_blocks(start, end, BLOCK_M) if PARTED else start
+    for WHOLE in tl.static_range(1 if PARTED else 0, -1, -1):
         first = start if WHOLE else whole
         last = whole if WHOLE else end
-        for i_m in tl.range(first, last, BLOCK_M, num_stages=None if WHOLE else 1):
+        for i_m in tl.range(first, last, BLOCK_M, num_stages=1 if PARTED and not WHOLE else None):
             o_m = i_m + tl.arange(0, BLOCK_M)
             m_m = key_rows(mask, o_m, token_mask(o_m, end, WHOLE), stride_mm)
             p_k = k + token_offset(i_m, stride_km, ORDER_K, UNIT)
             p_v = v + token_offset(i_m, stride_vm, ORDER_V, UNIT)
             b_k0, b_k1 = load_pair(p_k, o_k0, o_k1, m_m, 0, K, K0, K1, KB)
             b_v0, b_v1 = load_pair(p_v, o_v0, o_v1, m_m, first_v, V, V0, V1, V0)
-            # phi(0) is not 0 for every map, so rows beyond the end are cleared after it: by their
-            # weight, or by a select.
             b_f0, b_f1 = features(
                 b_k0, b_k1, rows, c_0, c_1, o_m, m_m, M, K1, FEATURE_MAP, POWER, ACC
             )
-            if weight is None:
-                # Whole blocks too: without, Triton computes phi twice, in the layout of each sum.
+            if SUM_KEYS:
+                # phi(0) is not 0 for every map, so rows beyond the end are cleared. Whole blocks
+                # have the select too: without, Triton computes phi twice, in each sum's layout.
                 m_f = m_m & (o_m < end)
                 b_f0 = tl.where(m_f[:, None], b_f0, 0.0)
                 if K1 > 0:
                     b_f1 = tl.where(m_f[:, None], b_f1, 0.0)
-            else:
+            if weight is not None:
                 b_w = tl.load(weight + o_m.to(tl.int64) * stride_wm, mask=m_m, other=0.0).to(ACC)
                 b_f0, b_f1 = b_f0 * b_w[:, None], b_f1 * b_w[:, None]
             if SUM_KEYS:
