@@ -98,22 +98,28 @@ def inputs(kind, dtype, layout, normalizer="mean"):
     return do, (q, k, v, weight, mask, count, table, bounds), options
 
 
-def learning(arguments, *places):
-    """The same, with gradients wanted at these places, where there are tensors."""
-    return [
-        x.detach().requires_grad_() if i in places and x is not None else x
-        for i, x in enumerate(arguments)
-    ]
+def check_gradients(op, arguments, *places):
+    """`opcheck` with gradients wanted at these places, where there are tensors.
+
+    It would pass if there were none: they must be there, of the right shape.
+    """
+    places = [i for i in places if arguments[i] is not None]
+    arguments = [x.detach().requires_grad_() if i in places else x for i, x in enumerate(arguments)]
+    leaves, o = [arguments[i] for i in places], op(*arguments)
+    gradients = torch.autograd.grad(o, leaves, torch.ones_like(o), allow_unused=True)
+    for x, gradient in zip(leaves, gradients, strict=True):
+        assert gradient is not None and gradient.shape == x.shape
+    opcheck(op, arguments)
 
 
 @each_case
 def test_linear_attn(kind, layout, dtype, normalizer):
     _, arguments, options = inputs(kind, dtype, layout, normalizer)
-    op = OPS.linear_attn.default
-    opcheck(op, (*arguments, *options))
-    opcheck(op, (*learning(arguments, 0, 1, 2, 3), *options))
+    op, arguments = OPS.linear_attn.default, (*arguments, *options)
+    opcheck(op, arguments)
+    check_gradients(op, arguments, 0, 1, 2, 3)
     if kind in ("plain", "keys"):
-        opcheck(op, (*learning(arguments, 0), *options))
+        check_gradients(op, arguments, 0)
 
 
 @each_case
@@ -148,7 +154,7 @@ def test_no_packed_tokens(bounds):
     bounds = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
     count = torch.zeros(bounds.shape[0] - 1, device=DEVICE)
     more = (None, None, count, None, bounds)
-    opcheck(OPS.linear_attn.default, (*learning((q, k, v), 0, 1, 2), *more, *OPTIONS["mean"]))
+    check_gradients(OPS.linear_attn.default, (q, k, v, *more, *OPTIONS["mean"]), 0, 1, 2)
 
 
 def test_several_tiles_and_splits():
@@ -174,8 +180,8 @@ def halves_inputs(kind, dtype, layout, normalizer="mean"):
 def test_state(kind, layout, dtype, normalizer):
     _, of_keys, _ = halves_inputs(kind, dtype, layout, normalizer)
     opcheck(OPS.linear_attn_state.default, of_keys)
-    opcheck(OPS.linear_attn_state.default, learning(of_keys, 0, 1, 2))
-    opcheck(OPS.linear_attn_state.default, learning(of_keys, 1))
+    check_gradients(OPS.linear_attn_state.default, of_keys, 0, 1, 2)
+    check_gradients(OPS.linear_attn_state.default, of_keys, 1)
     dstate = torch.randn_like(OPS.linear_attn_state(*of_keys))
     opcheck(OPS.linear_attn_state_backward.default, (dstate, *of_keys))
     strided = torch.stack((dstate, dstate), -1)[..., 0]
@@ -188,8 +194,8 @@ def test_apply(kind, layout, dtype, normalizer):
     state = OPS.linear_attn_state(*of_keys)
     arguments = (q, state, *of_query)
     opcheck(OPS.linear_attn_apply.default, arguments)
-    opcheck(OPS.linear_attn_apply.default, learning(arguments, 0, 1))
-    opcheck(OPS.linear_attn_apply.default, learning(arguments, 1))
+    check_gradients(OPS.linear_attn_apply.default, arguments, 0, 1)
+    check_gradients(OPS.linear_attn_apply.default, arguments, 1)
     opcheck(OPS.linear_attn_apply_forward.default, arguments)
     _, inverse = OPS.linear_attn_apply_forward(*arguments)
     count, table, *options = of_query
@@ -201,11 +207,10 @@ def test_empty_halves(shape):
     q, k, v, do = tensors(torch.float32, None, shape)
     weight, mask, count = keys_of(torch.float32, shape[0], 3, shape[3])
     for keys in ((None, None, None), (weight, mask, None)):
-        of_keys = learning((k, v, *keys, "elu1", "none"), 0, 1, 2)
-        opcheck(OPS.linear_attn_state.default, of_keys)
+        check_gradients(OPS.linear_attn_state.default, (k, v, *keys, "elu1", "none"), 0, 1, 2)
     state = OPS.linear_attn_state(k, v, *keys, "elu1", "none")
     options = ("elu1", "mean", "none", 1e-6)
-    opcheck(OPS.linear_attn_apply.default, (*learning((q, state), 0, 1), count, None, *options))
+    check_gradients(OPS.linear_attn_apply.default, (q, state, count, None, *options), 0, 1)
     _, inverse = OPS.linear_attn_apply_forward(q, state, count, None, *options)
     backward = (do, q, state, count, None, inverse, *options)
     opcheck(OPS.linear_attn_apply_backward.default, backward)
@@ -227,8 +232,8 @@ def focused_inputs(kind, dtype, layout, shape=SHAPE):
 def test_focused_la(kind, layout, dtype):
     do, arguments = focused_inputs(kind, dtype, layout)
     opcheck(OPS.focused_la.default, arguments)
-    opcheck(OPS.focused_la.default, learning(arguments, 0, 1, 2, 3))
-    opcheck(OPS.focused_la.default, learning(arguments, 3))
+    check_gradients(OPS.focused_la.default, arguments, 0, 1, 2, 3)
+    check_gradients(OPS.focused_la.default, arguments, 3)
     opcheck(OPS.focused_la_forward.default, arguments)
     _, *kept = OPS.focused_la_forward(*arguments)
     opcheck(OPS.focused_la_backward.default, (do, *arguments[:6], *kept, *arguments[6:]))
@@ -237,7 +242,7 @@ def test_focused_la(kind, layout, dtype):
 @each_empty
 def test_empty_focused_la(shape):
     do, arguments = focused_inputs("keys", torch.float32, None, shape)
-    opcheck(OPS.focused_la.default, learning(arguments, 0, 1, 2, 3))
+    check_gradients(OPS.focused_la.default, arguments, 0, 1, 2, 3)
     opcheck(OPS.focused_la_forward.default, arguments)
     _, *kept = OPS.focused_la_forward(*arguments)
     opcheck(OPS.focused_la_backward.default, (do, *arguments[:6], *kept, *arguments[6:]))
