@@ -76,6 +76,7 @@ def focused(q, k, v):
 
 FUNCTIONS = [every_option, packed, halves, focused]
 each_function = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda x: x.__name__)
+each_sum = pytest.mark.parametrize("of", [0, 1], ids=["kv", "key_sum"])
 
 
 @each_function
@@ -121,6 +122,26 @@ def test_second_derivatives_of_options_are_refused(linear, of, function):
     (gradient,) = torch.autograd.grad(loss, tensors[of], create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiated twice"):
         (gradient**2).sum().backward()
+
+
+@each_sum
+def test_vmap_of_the_state_is_right(of):
+    _, k, v, _ = make_qkv((2, 3, 20, 20, 16, 8), torch.float32)
+    sums = torch.func.vmap(lambda k: linear_attn_state(k, v, **BOTH)[of])(torch.stack((k, -k)))
+    assert torch.equal(sums, torch.stack([linear_attn_state(x, v, **BOTH)[of] for x in (k, -k)]))
+
+
+@each_sum
+def test_transforms_of_the_gradient_of_the_state_are_refused(of):
+    _, k, v, _ = make_qkv((2, 3, 20, 20, 16, 8), torch.float32)
+
+    def of_keys(k):
+        return linear_attn_state(k, v, **BOTH)[of]
+
+    with pytest.raises(RuntimeError):
+        torch.func.grad(lambda k: of_keys(k).sum())(k)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.jvp(of_keys, (k,), (k,))
 
 
 def test_second_derivatives_of_other_tensors_are_refused():
