@@ -115,6 +115,29 @@ def assert_equations(actual, expected) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 
 
+def assert_derivatives(function: Callable, leaves: list[torch.Tensor], impl: str) -> None:
+    """The gradients of `function(*leaves, impl=impl)` are what differences say, in every entry.
+
+    That takes hundreds of calls. Where the interpreter has to make them, the kernels and their
+    gradients equal the reference instead, of which differences are taken; test_gradcheck takes
+    those of the kernels.
+    """
+    if CUDA or impl == "reference":
+        assert torch.autograd.gradcheck(lambda *x: function(*x, impl=impl), leaves)
+        return
+    results = [function(*leaves, impl=which) for which in (impl, "reference")]
+    results = [(o,) if isinstance(o, torch.Tensor) else o for o in results]
+    for actual, expected in zip(*results, strict=True):
+        assert_equations(actual, expected)
+        do = torch.arange(expected.numel()).to(expected).cos().view_as(expected)
+        gradients = (
+            torch.autograd.grad(o, leaves, do, retain_graph=True, materialize_grads=True)
+            for o in (actual, expected)
+        )
+        for x, y in zip(*gradients, strict=True):
+            assert_equations(x, y)
+
+
 def assert_on_rail(actual, truth, *, factor: float = 1.0) -> None:
     """A result within the ceiling of its dtype, as a share of the largest entry of `truth`."""
     error = float((actual.double() - truth).abs().max())

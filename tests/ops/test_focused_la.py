@@ -3,7 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DEVICE, DTYPES, LAYOUTS, assert_equations, assert_on_rail, make_qkv
+from helpers import (
+    DEVICE,
+    DTYPES,
+    LAYOUTS,
+    assert_derivatives,
+    assert_equations,
+    assert_on_rail,
+    make_qkv,
+)
 
 from fbila import focused_la
 
@@ -77,10 +85,10 @@ def test_gradcheck(focusing_factor, impl):
     q, k, v, _ = make_qkv((1, 2, 3, 4, 3, 2), torch.float64, away_from_zero=True)
     leaves = [x.requires_grad_() for x in (q, k, v, make_scale(2, 3))]
 
-    def focused(q, k, v, scale):
+    def focused(q, k, v, scale, impl):
         return focused_la(q, k, v, focusing_factor=focusing_factor, scale=scale, impl=impl)
 
-    assert torch.autograd.gradcheck(focused, leaves)
+    assert_derivatives(focused, leaves, impl)
 
 
 @each_impl

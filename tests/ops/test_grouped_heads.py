@@ -3,7 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DEVICE, DTYPES, LAYOUTS, VARIANTS, assert_equations, make_qkv
+from helpers import (
+    DEVICE,
+    DTYPES,
+    LAYOUTS,
+    VARIANTS,
+    assert_derivatives,
+    assert_equations,
+    make_qkv,
+)
 
 from fbila import linear_attn, simple_la
 
@@ -75,8 +83,7 @@ def test_gradcheck(variant, impl):
     q, _, _, _ = make_qkv((1, 4, 3, 4, 3, 2), torch.float64, away_from_zero=True)
     _, k, v, _ = make_qkv((1, 2, 3, 4, 3, 2), torch.float64, away_from_zero=True, seed=1)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    variant = variant._replace(eps=1e-6)
-    assert torch.autograd.gradcheck(lambda *x: variant(*x, impl=impl), leaves)
+    assert_derivatives(variant._replace(eps=1e-6), leaves, impl)
 
 
 @each_impl

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, VARIANTS, Variant, assert_equations, make_qkv
+from helpers import (
+    DEVICE,
+    DTYPES,
+    VARIANTS,
+    Variant,
+    assert_derivatives,
+    assert_equations,
+    make_qkv,
+)
 
 from fbila import linear_attn, simple_la
 
@@ -158,10 +166,10 @@ def test_gradcheck(variant, impl):
     mask = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 0, 1]], dtype=torch.bool, device=DEVICE)
     leaves = [x.requires_grad_() for x in (q, k, v)]
 
-    def masked(*qkv):
+    def masked(*qkv, impl):
         return attend(variant, *qkv, impl, key_mask=mask)
 
-    assert torch.autograd.gradcheck(masked, leaves)
+    assert_derivatives(masked, leaves, impl)
 
 
 @each_impl

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, LAYOUTS, assert_equations, assert_on_rail, make_qkv
+from helpers import (
+    DEVICE,
+    DTYPES,
+    LAYOUTS,
+    assert_derivatives,
+    assert_equations,
+    assert_on_rail,
+    make_qkv,
+)
 
 from fbila import Rotary, linear_attn, simple_la
 
@@ -105,10 +113,10 @@ def test_gradients(function, interleaved, per_head, impl):
     q, k, v, _ = make_qkv(shape, torch.float64, away_from_zero=True)
     rotary = make_tables(interleaved, per_head, shape)
 
-    def rotated(*qkv):
+    def rotated(*qkv, impl):
         return function(*qkv, feature_map="elu1", rotary=rotary, impl=impl)
 
-    assert torch.autograd.gradcheck(rotated, [x.requires_grad_() for x in (q, k, v)])
+    assert_derivatives(rotated, [x.requires_grad_() for x in (q, k, v)], impl)
 
 
 @each_impl
