@@ -2,6 +2,10 @@
 
 import os
 
+# Looked at when numpy and torch are loaded. Tensors this small wait for threads more than they
+# compute, and longer where several processes share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():
