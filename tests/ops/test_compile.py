@@ -15,7 +15,8 @@ from fbila import (
     simple_la,
 )
 
-LENGTHS = [(127, 64), (193, 77), (4096, 1000) if CUDA else (300, 33)]
+# The interpreter takes its time over every tile of tokens.
+LENGTHS = [(127, 64), (193, 77), (4096, 1000)] if CUDA else [(17, 12), (70, 40), (33, 20)]
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda x: x.name)
 
