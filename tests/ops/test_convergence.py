@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DEVICE, MEAN, SIMPLE, Variant
+from helpers import CUDA, DEVICE, MEAN, SIMPLE, Variant
 from torch import nn
 
 STEPS = 32
@@ -29,7 +29,8 @@ class Mixer(nn.Module):
 def train(variant: Variant, impl: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
     torch.manual_seed(0)
     model = Mixer(variant, impl).to(DEVICE)
-    x, target = torch.randn(2, 20, 16, device=DEVICE), torch.randn(2, 20, 4, device=DEVICE)
+    B = 2 if CUDA else 1
+    x, target = torch.randn(B, 20, 16, device=DEVICE), torch.randn(B, 20, 4, device=DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses = []
     for _ in range(STEPS):

@@ -13,7 +13,7 @@ def check(shape, variant, **options):
 
 @pytest.mark.parametrize("variant", ALL_VARIANTS, ids=lambda x: x.name)
 def test_every_entry_of_the_jacobian(variant):
-    check((1, 1, 4, 5, 3, 2), variant)
+    check((1, 1, 3, 4, 3, 2), variant)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda x: x.name)

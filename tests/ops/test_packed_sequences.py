@@ -26,7 +26,7 @@ each_variant = pytest.mark.parametrize(
 )
 
 
-def make_packed(heads=(3, 3), dtype=torch.float64):
+def make_packed(heads=(2, 2), dtype=torch.float64):
     """q, k, v and do `(T, H, ...)`."""
     q, _, _, do = make_qkv((1, heads[0], T, T, 4, 6), dtype)
     _, k, v, _ = make_qkv((1, heads[1], T, T, 4, 6), dtype, seed=1)
@@ -83,7 +83,7 @@ def make_options(names, heads, per_head=False):
 @each_variant
 @pytest.mark.parametrize(
     "heads, index_dtype",
-    [((3, 3), torch.int32), ((3, 3), torch.int64), ((6, 2), torch.int64), ((4, 1), torch.int32)],
+    [((2, 2), torch.int32), ((2, 2), torch.int64), ((4, 2), torch.int64), ((3, 1), torch.int32)],
     ids=str,
 )
 def test_a_loop_over_sequences(heads, index_dtype, variant, impl):
@@ -101,7 +101,7 @@ def test_a_loop_over_sequences(heads, index_dtype, variant, impl):
 )
 def test_options_have_a_row_a_token(names, per_head, variant, impl):
     q, k, v, _ = make_packed()
-    options = make_options(names.split(), (3, 3), per_head)
+    options = make_options(names.split(), (2, 2), per_head)
     o = attend(variant, q, k, v, impl, cu_seqlens=cu_seqlens(), **options)
     assert_equations(o, one_by_one(variant, q, k, v, impl, **options))
     assert o.isfinite().all()
@@ -112,7 +112,7 @@ def test_options_have_a_row_a_token(names, per_head, variant, impl):
 @pytest.mark.parametrize(
     "variant", [Variant("mean", "elu1", 0.3), Variant("sum", "elu1"), VARIANTS[-1]], ids=str
 )
-@pytest.mark.parametrize("heads", [(3, 3), (6, 2)], ids=str)
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=str)
 def test_gradients(heads, variant, impl):
     q, k, v, do = make_packed(heads)
     options = make_options(["rotary", "key_weight", "key_mask"], heads)

@@ -108,9 +108,11 @@ def test_what_is_remembered_is_bounded(checked, monkeypatch):
 def test_calls_again_have_the_same_bits(shape, layout, variant, dtype, checked):
     tensors = make_qkv(shape, dtype, variant=variant)
     tensors = [LAYOUTS.get(layout, lambda x: x)(x) for x in tensors]
+    # A GPU starts what is compiled in a third way once it has run.
+    times = 3 if CUDA else 2
     with torch.no_grad():
-        outputs = [variant(*tensors[:3]) for _ in range(3)]
-    results = [run(variant, *tensors) for _ in range(3)]
+        outputs = [variant(*tensors[:3]) for _ in range(times)]
+    results = [run(variant, *tensors) for _ in range(times)]
     for result in results:
         assert torch.equal(result[0], outputs[0])
         assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
