@@ -29,8 +29,10 @@ from .tiles import (
     load_pair,
     load_state,
     mean_factor,
+    operand_scale,
     pair_offset,
-    row_scale,
+    product,
+    row_peak,
     scaled_product,
     store_key_sum,
     store_pair,
@@ -123,13 +125,15 @@ def grad_feature_kernel(
                 b_g1 = tl.zeros((BLOCK_N, K1), dtype=ACC)
             if GROUPS == 1:
                 b_y0, b_y1 = load_pair(p_y, o_y0, o_y1, m_x, 0, V, V0, V1, V0)
-                b_g0 = scaled_product(b_y0, tl.trans(b_s00), b_g0, s_scale, PRECISION)
+                b_g0 = product(b_y0, tl.trans(b_s00), b_g0, PRECISION)
                 if V1 > 0:
-                    b_g0 = scaled_product(b_y1, tl.trans(b_s01), b_g0, s_scale, PRECISION)
+                    b_g0 = product(b_y1, tl.trans(b_s01), b_g0, PRECISION)
                 if K1 > 0:
-                    b_g1 = scaled_product(b_y0, tl.trans(b_s10), b_g1, s_scale, PRECISION)
+                    b_g1 = product(b_y0, tl.trans(b_s10), b_g1, PRECISION)
                 if K1 * V1 > 0:
-                    b_g1 = scaled_product(b_y1, tl.trans(b_s11), b_g1, s_scale, PRECISION)
+                    b_g1 = product(b_y1, tl.trans(b_s11), b_g1, PRECISION)
+                if dtype == tl.float16:
+                    b_g0, b_g1 = b_g0 * s_scale, b_g1 * s_scale
             else:
                 for j in range(GROUPS):
                     c_o = tile_offset(stride_yn, stride_yd, j * V0, BLOCK_N, V0, ORDER_Y, UNIT)
@@ -163,8 +167,8 @@ def grad_feature_kernel(
                 if HALF:
                     b_a0, b_a1 = b_f0, b_f1
                     if BY_ROW:
-                        b_row = row_scale(b_f0, b_f1, K1)
-                        b_a0, b_a1 = b_f0 / b_row[:, None], b_f1 / b_row[:, None]
+                        b_row = operand_scale(row_peak(b_f0, b_f1, K1))
+                        b_a0, b_a1 = b_f0 * (1.0 / b_row)[:, None], b_f1 * (1.0 / b_row)[:, None]
                         b_c, c_scale = column_operand(b_dden * b_row, dtype)
                     else:
                         b_c, c_scale = column_operand(b_dden, dtype)

@@ -28,10 +28,10 @@ from .tiles import (
     load_pair,
     load_state,
     mean_factor,
+    operand_scale,
     pair_offset,
     product,
-    row_scale,
-    scaled_product,
+    row_peak,
     store_pair,
     token_offset,
 )
@@ -107,8 +107,8 @@ def grad_key_kernel(
             b_t0, b_t1 = load_table(table, i_m, m_m, K, K0, K1, KB, BLOCK_M)
             b_a0, b_a1 = rotate(b_f0, b_f1, b_t0, b_t1, K1, ROTARY, False)
         if BY_ROW:
-            b_row = row_scale(b_f0, b_f1, K1)
-            b_a0, b_a1 = b_f0 / b_row[:, None], b_f1 / b_row[:, None]
+            b_row = operand_scale(row_peak(b_f0, b_f1, K1))
+            b_a0, b_a1 = b_f0 * (1.0 / b_row)[:, None], b_f1 * (1.0 / b_row)[:, None]
         b_a0 = b_a0.to(dtype)
         b_dv0 = product(b_a0, b_s00, tl.zeros((BLOCK_M, V0), dtype=ACC), PRECISION)
         b_dv1 = b_dv0
@@ -134,15 +134,17 @@ def grad_key_kernel(
 
         b_v0, b_v1 = load_pair(p_v, o_v0, o_v1, m_k, 0, V, V0, V1, V0)
         b_df0 = tl.zeros((BLOCK_M, K0), dtype=ACC)
-        b_df0 = scaled_product(b_v0, tl.trans(b_s00), b_df0, s_scale, PRECISION)
+        b_df0 = product(b_v0, tl.trans(b_s00), b_df0, PRECISION)
         if V1 > 0:
-            b_df0 = scaled_product(b_v1, tl.trans(b_s01), b_df0, s_scale, PRECISION)
+            b_df0 = product(b_v1, tl.trans(b_s01), b_df0, PRECISION)
         b_df1 = b_df0
         if K1 > 0:
             b_df1 = tl.zeros((BLOCK_M, K1), dtype=ACC)
-            b_df1 = scaled_product(b_v0, tl.trans(b_s10), b_df1, s_scale, PRECISION)
+            b_df1 = product(b_v0, tl.trans(b_s10), b_df1, PRECISION)
             if V1 > 0:
-                b_df1 = scaled_product(b_v1, tl.trans(b_s11), b_df1, s_scale, PRECISION)
+                b_df1 = product(b_v1, tl.trans(b_s11), b_df1, PRECISION)
+        if dtype == tl.float16:
+            b_df0, b_df1 = b_df0 * s_scale, b_df1 * s_scale
         if table is not None:
             b_df0, b_df1 = rotate(b_df0, b_df1, b_t0, b_t1, K1, ROTARY, True)
         if NORMALIZE:

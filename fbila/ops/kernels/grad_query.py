@@ -34,8 +34,8 @@ from .tiles import (
     mean_factor,
     operand_scale,
     pair_offset,
-    peak,
     product,
+    row_peak,
     scaled_product,
     store_key_sum,
     store_pair,
@@ -152,18 +152,19 @@ def grad_query_kernel(
                 # 0 beyond the end, where rows must add nothing.
                 b_inv = tl.load(inverse + i_bh * N + o_n, mask=m_n, other=0.0)
                 b_dden = -(b_fg * b_inv) * b_inv
-                b_a0, b_a1 = b_a0 * b_inv[:, None], b_a1 * b_inv[:, None]
+                b_factor = b_inv
+                if dtype == tl.float16:
+                    # Where a row has an inf, b_inv is 0.
+                    b_top = row_peak(b_a0, b_a1, K1) * tl.abs(b_inv)
+                    b_top = tl.where(b_top < float("inf"), b_top, 0.0)
+                    a_scale = operand_scale(tl.max(b_top, 0))
+                    b_factor = b_inv * (1.0 / a_scale)
+                b_a0, b_a1 = b_a0 * b_factor[:, None], b_a1 * b_factor[:, None]
                 b_dz0 += b_f0 * b_dden[:, None]
                 b_g0 = b_g0 * b_inv[:, None] + b_dden[:, None] * b_z0[None, :]
                 if K1 > 0:
                     b_dz1 += b_f1 * b_dden[:, None]
                     b_g1 = b_g1 * b_inv[:, None] + b_dden[:, None] * b_z1[None, :]
-                if dtype == tl.float16:
-                    top = peak(b_a0)
-                    if K1 > 0:
-                        top = tl.maximum(top, peak(b_a1))
-                    a_scale = operand_scale(top)
-                    b_a0, b_a1 = b_a0 / a_scale, b_a1 / a_scale
             b_a0 = tl.trans(b_a0.to(dtype))
             b_ds00 = scaled_product(b_a0, b_do0, b_ds00, a_scale, PRECISION)
             if V1 > 0:

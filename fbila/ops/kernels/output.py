@@ -25,9 +25,10 @@ from .tiles import (
     load_pair,
     load_state,
     mean_factor,
+    operand_scale,
     pair_offset,
     product,
-    row_scale,
+    row_peak,
     store_pair,
     token_mask,
     token_offset,
@@ -111,8 +112,8 @@ def output_kernel(
                 b_t0, b_t1 = load_table(table, i_n, m_n, K, K0, K1, KB, BLOCK_N)
                 b_r0, b_r1 = rotate(b_f0, b_f1, b_t0, b_t1, K1, ROTARY, False)
             if BY_ROW:
-                b_row = row_scale(b_f0, b_f1, K1)
-                b_f0, b_f1 = b_f0 / b_row[:, None], b_f1 / b_row[:, None]
+                b_row = operand_scale(row_peak(b_f0, b_f1, K1))
+                b_f0, b_f1 = b_f0 * (1.0 / b_row)[:, None], b_f1 * (1.0 / b_row)[:, None]
                 b_r0, b_r1 = b_f0, b_f1
             b_a0 = b_r0.to(dtype)
             b_o0 = product(b_a0, b_s00, tl.zeros((BLOCK_N, V0), dtype=ACC), PRECISION)

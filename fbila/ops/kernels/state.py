@@ -127,7 +127,8 @@ def state_kernel(
                 if K1 > 0:
                     top = tl.maximum(top, peak(b_f1))
                 scale = operand_scale(top)
-                b_f0, b_f1 = b_f0 / scale, b_f1 / scale
+                shrink = 1.0 / scale
+                b_f0, b_f1 = b_f0 * shrink, b_f1 * shrink
             b_a0 = tl.trans(b_f0.to(dtype))
             b_s00 = accumulate(b_a0, b_v0, b_s00, scale, RESCALE, PRECISION)
             if V1 > 0:

@@ -187,7 +187,9 @@ def state_operands(s00, s01, s10, s11, K1: tl.constexpr, V1: tl.constexpr, dtype
         if K1 * V1 > 0:
             top = tl.maximum(top, peak(s11))
         scale = operand_scale(top)
-        s00, s01, s10, s11 = s00 / scale, s01 / scale, s10 / scale, s11 / scale
+        # Exact, and no division for every element.
+        shrink = 1.0 / scale
+        s00, s01, s10, s11 = s00 * shrink, s01 * shrink, s10 * shrink, s11 * shrink
     return s00.to(dtype), s01.to(dtype), s10.to(dtype), s11.to(dtype), scale
 
 
@@ -241,7 +243,7 @@ def column_operand(x, dtype: tl.constexpr):
     if dtype == tl.float16:
         size = tl.abs(x)
         scale = operand_scale(tl.max(tl.where(size < float("inf"), size, 0.0), 0))
-        x = x / scale
+        x *= 1.0 / scale
     high = x.to(dtype)
     x -= high.to(x.dtype)
     middle = x.to(dtype)
@@ -271,12 +273,12 @@ def peak(x):
 
 
 @triton.jit
-def row_scale(x0, x1, K1: tl.constexpr):
-    """`operand_scale` of each row of both tiles."""
+def row_peak(x0, x1, K1: tl.constexpr):
+    """The largest |x| of each row of both tiles."""
     top = tl.max(tl.abs(x0), 1)
     if K1 > 0:
         top = tl.maximum(top, tl.max(tl.abs(x1), 1))
-    return operand_scale(top)
+    return top
 
 
 @triton.jit
