@@ -22,11 +22,9 @@ HALVES = [(32, 40, 160), (64, 80, 128)]
 # differ by some hundred bytes either way.
 SPILLS_TRITON = "3.9."
 SPILLS = {
-    ("grad_query_kernel of q", 40): 24,
     ("state_kernel of k", 80): 56,
     ("grad_feature_kernel of q", 80): 136,
-    ("state_kernel of k", 128): 8,
-    ("state_kernel of k", 160): 72,
+    ("state_kernel of k", 160): 192,
     ("grad_feature_kernel of q", 160): 344,
     ("grad_feature_kernel of k", 160): 576,
 }
