@@ -113,7 +113,7 @@ class Tiling:
     num_warps: int
     num_stages: int
     span: int
-    fewest: tuple[int, int]
+    fewest: tuple[int, int, bool]
     sums: bool
     itemsize: int
     acc_dtype: torch.dtype
@@ -204,12 +204,15 @@ class Tiling:
     def split(self, tokens: int) -> tuple[int, int]:
         """(tokens a program sums, number of programs) for a sum over `tokens`.
 
-        Programs of `span` tokens, but where that would be fewer, up to `most` of `least` tokens:
-        writing the partial sums must stay small beside reading the tokens. B and H must not enter:
-        see `kernels.state`.
+        Programs of `span` tokens, but where that would be fewer, up to `most` of about `least`,
+        and up to twice as many of half as many where `twice` allows it: writing the partial sums
+        must stay small beside reading the tokens. B and H must not enter: see `kernels.state`.
         """
-        most, least = self.fewest
-        splits = max(min(most, triton.cdiv(tokens, least)), triton.cdiv(tokens, self.span))
+        most, least, twice = self.fewest
+        if twice and tokens <= most * least:
+            most, least = 2 * most, least // 2
+        splits = min(most, max(1, (tokens + least // 2) // least))
+        splits = max(splits, triton.cdiv(tokens, self.span))
         chunk = triton.cdiv(triton.cdiv(tokens, splits), self.block_tokens) * self.block_tokens
         return chunk, triton.cdiv(tokens, chunk)
 
@@ -242,11 +245,11 @@ def head_dim_cover(D: int, kernel: str) -> tuple[int, int]:
     return (whole, 0) if one else (first, rest)
 
 
-def few_programs(kernel: str, width: int) -> tuple[int, int]:
-    """(most, least) of `Tiling.split`: the wider the head, the more its partial sums take."""
+def few_programs(kernel: str, width: int) -> tuple[int, int, bool]:
+    """(most, least, twice) of `Tiling.split`: the wider the head, the more its sums take."""
     if width > 128:
-        return 4, 1024
-    return (16, 256) if kernel == "state" and width <= 64 else (8, 512)
+        return 4, 1024, False
+    return 8, 512, kernel == "state" and width <= 64
 
 
 def require_float64_products() -> None:
