@@ -247,7 +247,7 @@ def head_dim_cover(D: int, kernel: str) -> tuple[int, int]:
 
 def few_programs(kernel: str, width: int) -> tuple[int, int, bool]:
     """(most, least, twice) of `Tiling.split`: the wider the head, the more its sums take."""
-    if width > 128:
+    if width > 160:
         return 4, 1024, False
     return 8, 512, kernel == "state" and width <= 64
 
