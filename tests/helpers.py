@@ -26,6 +26,7 @@ MAPS: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
     "relu_offset": lambda x: F.relu(x) + 1e-6,
     "exp": torch.exp,
+    "signed": lambda x: torch.cat((x.relu(), (-x).relu()), -1),
 }
 
 # The one table: the largest max|error| / max|term| of forward and backward, whatever eager does.
@@ -156,7 +157,7 @@ def term_sizes(q, k, v, do, variant: Variant) -> list[torch.Tensor]:
     kv, key_sum = g.transpose(-1, -2) @ v, g.sum(-2, keepdim=True)
     M = k.shape[-2]
     if variant.normalizer is None:
-        scale = k.shape[-1] ** -0.5 if variant.scale is None else variant.scale
+        scale = g.shape[-1] ** -0.5 if variant.scale is None else variant.scale
         o, g_o, g_den = scale * f @ kv, scale * do, torch.zeros_like(do[..., :1])
     else:
         den = f @ key_sum.transpose(-1, -2) + variant.eps * (

@@ -9,7 +9,8 @@ import os
 
 import torch
 
-from .feature_maps import FEATURE_MAPS
+from .feature_maps import FEATURE_MAPS, feature_dim
+from .tensor_checks import MAX_HEAD_DIM
 
 NORMALIZERS = ("mean", "sum")
 # Published models use 3. Sums of squares of higher powers leave float32's range.
@@ -22,6 +23,15 @@ def check_feature_map(feature_map: str | None) -> None:
         raise ValueError(
             f"feature_map must be one of {', '.join(map(repr, FEATURE_MAPS))}, got "
             f"{feature_map!r}. Apply any other map to q and k first and pass feature_map=None."
+        )
+
+
+def check_feature_dim(head_dim: int, feature_map: str | None) -> None:
+    features = feature_dim(head_dim, feature_map)
+    if features > MAX_HEAD_DIM:
+        raise ValueError(
+            f"feature_map={feature_map!r} makes {features} features of head_dim={head_dim}, and at "
+            f"most {MAX_HEAD_DIM} are supported."
         )
 
 

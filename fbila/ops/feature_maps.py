@@ -35,10 +35,25 @@ def exp(x: torch.Tensor) -> torch.Tensor:
     return torch.exp(x)
 
 
+def signed(x: torch.Tensor) -> torch.Tensor:
+    """`[max(x, 0), max(-x, 0)]`, 2 K features of K channels, so that no sign is lost (PolaFormer).
+
+    Of `sign(x) |x|^p` they are PolaFormer's powers of the positive and of the negative part; those
+    of `-q` are its features for the other half of the values.
+    """
+    return torch.cat((F.relu(x), F.relu(-x)), -1)
+
+
 FEATURE_MAPS: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
     None: identity,
     "elu1": elu1,
     "relu": relu,
     "relu_offset": relu_offset,
     "exp": exp,
+    "signed": signed,
 }
+
+
+def feature_dim(head_dim: int, feature_map: str | None) -> int:
+    """How many features a map makes of a head's channels."""
+    return 2 * head_dim if feature_map == "signed" else head_dim

@@ -43,7 +43,7 @@ def _forward(q, k, v, columns, key_mask, total, inverse, power, eps):
         if inverse is not None:
             inverse.zero_()
         rows = (_empty_rows(x, columns).zero_() for x in (q, k))
-        return o.zero_(), empty_state(k, v).zero_(), *rows
+        return o.zero_(), empty_state(k, v, "focused").zero_(), *rows
     q_rows = launch_focus_rows(q, columns, None, power)
     k_rows = launch_focus_rows(k, columns, key_mask, power)
     sides = _sides(columns, key_mask, q_rows, k_rows, power)
@@ -103,7 +103,13 @@ def _(q, k, v, *options):
 @torch.library.register_fake("fbila::focused_la_forward", lib=LIBRARY)
 def _(q, k, v, columns, *options):
     o, inverse = empty_like_order(q, v.shape[-1]), empty_inverse(q, "mean")
-    return o, empty_state(k, v), inverse, _empty_rows(q, columns), _empty_rows(k, columns)
+    return (
+        o,
+        empty_state(k, v, "focused"),
+        inverse,
+        _empty_rows(q, columns),
+        _empty_rows(k, columns),
+    )
 
 
 @torch.library.register_fake("fbila::focused_la_backward", lib=LIBRARY)

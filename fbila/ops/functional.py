@@ -8,12 +8,14 @@ from . import (
 )
 from .autocast import cast_for_autocast
 from .checks import (
+    check_feature_dim,
     check_feature_map,
     check_focusing_factor,
     check_normalizer,
     check_scale,
     choose_implementation,
 )
+from .feature_maps import feature_dim
 from .focusing import focused_la_reference
 from .kernel_inputs import kernel_columns, kernel_keys, kernel_table
 from .option_checks import (
@@ -59,14 +61,17 @@ def linear_attn(
             uses key head `h // (H // Hk)`.
         v: `(B, Hk, M, V)` values; V from 0 to 256, may differ from K.
         feature_map: phi: None (q and k as they are), "elu1" (`elu(x) + 1`), "relu",
-            "relu_offset" (`relu(x) + 1e-6`) or "exp".
+            "relu_offset" (`relu(x) + 1e-6`), "exp", or "signed" (`[relu(x), relu(-x)]`, 2 K
+            features for K up to 128, where the others make K; of `sign(x) |x|^p` they are
+            PolaFormer's).
         eps: Added to the denominator; finite, not negative.
         normalizer: "mean": `phi(q) . mean_j phi(k_j) + eps` (with the numerator's sum also over
             M; LinFusion, MLLA, RALA). "sum": `phi(q) . sum_j phi(k_j) + eps` (SANA, EfficientViT).
             Published weights use both; with the same eps they differ.
         rotary: `(cos, sin)`, or a `Rotary` for another pairing: tables `(N, K / 2)`, or
             `(H, N, K / 2)`, that rotate phi(q) and phi(k) in the numerator alone (MLLA, RALA,
-            PolaFormer++, SANA-Video). K must be even and M be N. They get no gradient.
+            PolaFormer++, SANA-Video). K must be even and M be N. With "signed" they have K
+            columns. They get no gradient.
         key_weight: `(B, M)` or `(B, Hk, M)`, w_j before phi(k_j) in both sums (RALA, VSSD). "mean"
             still divides by the number of keys. It gets a gradient.
         key_mask: bool `(B, M)`, True where a key is there. Any other is as if it were absent, in
@@ -106,9 +111,10 @@ def linear_attn(
     q, k, v = cast_for_autocast(q, k, v)
     packed = cu_seqlens is not None
     check_tensors(q, k, v, packed=packed)
+    check_feature_dim(q.shape[-1], feature_map)
     check_cu_seqlens(cu_seqlens, q)
     tables = as_rotary(rotary)
-    check_shared_rotary(tables, q, k, packed=packed)
+    check_shared_rotary(tables, q, k, feature_map, packed=packed)
     check_key_options(k, key_weight, key_mask, packed=packed)
     if choose_implementation(impl, q.device, q.dtype) == "reference":
         return linear_attn_reference(
@@ -143,9 +149,9 @@ def simple_la(
         q: `(B, H, N, K)` queries; K from 1 to 256; float16, bfloat16, float32 or float64.
         k: `(B, Hk, M, K)` keys; M may differ from N, and Hk may divide H.
         v: `(B, Hk, M, V)` values; V from 0 to 256, may differ from K.
-        feature_map: phi: None, "elu1", "relu", "relu_offset" or "exp".
-        scale: None: `K ** -0.5`. It is the only place where the result is scaled: nothing is
-            divided by M.
+        feature_map: phi: None, "elu1", "relu", "relu_offset", "exp" or "signed".
+        scale: None: `F ** -0.5` for F features, 2 K with "signed" and otherwise K. It is the only
+            place where the result is scaled: nothing is divided by M.
         rotary, key_weight, key_mask, cu_seqlens: As in `linear_attn`; a mask changes the sum
             alone, since there is no number of keys in it.
         impl: "triton", "reference" (eager PyTorch), or None: triton on CUDA, else reference.
@@ -172,11 +178,13 @@ def simple_la(
     q, k, v = cast_for_autocast(q, k, v)
     packed = cu_seqlens is not None
     check_tensors(q, k, v, packed=packed)
+    check_feature_dim(q.shape[-1], feature_map)
     check_cu_seqlens(cu_seqlens, q)
     tables = as_rotary(rotary)
-    check_shared_rotary(tables, q, k, packed=packed)
+    check_shared_rotary(tables, q, k, feature_map, packed=packed)
     check_key_options(k, key_weight, key_mask, packed=packed)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale is None:
+        scale = feature_dim(q.shape[-1], feature_map) ** -0.5
     check_scale(scale)
     if choose_implementation(impl, q.device, q.dtype) == "reference":
         return simple_la_reference(

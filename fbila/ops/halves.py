@@ -5,10 +5,12 @@ import torch
 from . import halves_library  # noqa: F401 - defines the ops
 from .autocast import cast_for_autocast
 from .checks import (
+    check_feature_dim,
     check_feature_map,
     check_normalizer,
     choose_implementation,
 )
+from .feature_maps import feature_dim
 from .kernel_inputs import kernel_keys, kernel_table
 from .option_checks import as_rotary, check_key_options, check_rotary, check_state
 from .reference import apply_reference, state_reference
@@ -45,7 +47,7 @@ def linear_attn_state(
 
     Returns:
         A `State` of kv `(B, H, K, V)`, key_sum `(B, H, K)` and count `(B,)`, in float32 (float64
-        for float64 inputs); kv and key_sum are differentiable.
+        for float64 inputs), with "signed" of 2 K rows; kv and key_sum are differentiable.
 
     Raises:
         ValueError, TypeError, NotImplementedError: As for `linear_attn`.
@@ -64,8 +66,9 @@ def linear_attn_state(
     check_feature_map(feature_map)
     k, v = cast_for_autocast(k, v)
     check_keys(k, v)
+    check_feature_dim(k.shape[-1], feature_map)
     tables = as_rotary(rotary)
-    check_rotary(tables, "k", k, k.shape[1])
+    check_rotary(tables, "k", k, k.shape[1], feature_map)
     check_key_options(k, key_weight, key_mask)
     if choose_implementation(impl, k.device, k.dtype) == "reference":
         return state_reference(k, v, feature_map, tables, key_weight, key_mask)
@@ -74,7 +77,8 @@ def linear_attn_state(
     state = torch.ops.fbila.linear_attn_state(
         k, v, keys.weight, keys.mask, table, feature_map or "none", order
     )
-    (B, H, M, K), V = k.shape, v.shape[-1]
+    B, H, M = k.shape[:3]
+    K, V = feature_dim(k.shape[3], feature_map), v.shape[3]
     rows = state.view(B, H, -1)
     count = rows.new_full((B,), M) if keys.total is None else keys.total
     # Contiguous, so that they can be all-reduced.
@@ -130,9 +134,10 @@ def linear_attn_apply(
     check_normalizer(normalizer, eps)
     (q,) = cast_for_autocast(q)
     check_query(q)
-    check_state(state, q)
+    check_feature_dim(q.shape[-1], feature_map)
+    check_state(state, q, feature_map)
     tables = as_rotary(rotary)
-    check_rotary(tables, "q", q, state.kv.shape[1])
+    check_rotary(tables, "q", q, state.kv.shape[1], feature_map)
     if choose_implementation(impl, q.device, q.dtype) == "reference":
         return apply_reference(q, state, feature_map, normalizer, eps, tables)
     rows = torch.cat((state.kv.flatten(-2), state.key_sum), -1).flatten(0, 1)

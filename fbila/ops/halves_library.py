@@ -8,6 +8,7 @@ differentiated is said, as in `autograd.py`.
 import torch
 
 from .autograd import refuse_second_derivative
+from .feature_maps import feature_dim
 from .layout import empty_like_order
 from .library import LIBRARY, empty_inverse, empty_state, sum_dtype
 
@@ -31,7 +32,7 @@ def state_of(k, v, key_weight, key_mask, table, feature_map, rotary):
     from .kernels.state import launch_state
 
     if k.shape[2] == 0 or k.numel() == 0:
-        return empty_state(k, v).zero_()
+        return empty_state(k, v, feature_map).zero_()
     side = Side(weight=key_weight, mask=key_mask, table=table, rotary=rotary)
     return launch_state(k, v, side, feature_map)
 
@@ -58,8 +59,8 @@ def _empty_key_gradients(k, v, key_weight):
     return empty_like_order(k, k.shape[-1]), empty_like_order(v, v.shape[-1]), dw
 
 
-def _value_dim(q, state):
-    return state.shape[-1] // q.shape[-1] - 1
+def _value_dim(q, state, feature_map):
+    return state.shape[-1] // feature_dim(q.shape[-1], feature_map) - 1
 
 
 def apply(q, state, count, table, feature_map, normalizer, rotary, eps):
@@ -78,7 +79,7 @@ def _apply(q, state, count, table, inverse, feature_map, normalizer, rotary, eps
     from .kernels.output import launch_output
     from .kernels.side import Side
 
-    o = empty_like_order(q, _value_dim(q, state))
+    o = empty_like_order(q, _value_dim(q, state, feature_map))
     if o.numel() == 0:
         return o
     launch_output(
@@ -124,8 +125,8 @@ for _name, _implementation in (
 
 
 @torch.library.register_fake("fbila::linear_attn_state", lib=LIBRARY)
-def _(k, v, *options):
-    return empty_state(k, v)
+def _(k, v, key_weight, key_mask, table, feature_map, rotary):
+    return empty_state(k, v, feature_map)
 
 
 @torch.library.register_fake("fbila::linear_attn_state_backward", lib=LIBRARY)
@@ -134,13 +135,14 @@ def _(dstate, k, v, key_weight, *options):
 
 
 @torch.library.register_fake("fbila::linear_attn_apply", lib=LIBRARY)
-def _(q, state, *options):
-    return empty_like_order(q, _value_dim(q, state))
+def _(q, state, count, table, feature_map, *options):
+    return empty_like_order(q, _value_dim(q, state, feature_map))
 
 
 @torch.library.register_fake("fbila::linear_attn_apply_forward", lib=LIBRARY)
 def _(q, state, count, table, feature_map, normalizer, *options):
-    return empty_like_order(q, _value_dim(q, state)), empty_inverse(q, normalizer)
+    o = empty_like_order(q, _value_dim(q, state, feature_map))
+    return o, empty_inverse(q, normalizer)
 
 
 @torch.library.register_fake("fbila::linear_attn_apply_backward", lib=LIBRARY)

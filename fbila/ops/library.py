@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .feature_maps import feature_dim
 from .layout import empty_like_order
 
 if TYPE_CHECKING:
@@ -44,9 +45,13 @@ def sum_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def empty_state(
-    k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None = None
+    k: torch.Tensor,
+    v: torch.Tensor,
+    feature_map: str,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    B, H, _, K = k.shape
+    B, H = k.shape[:2]
+    K = feature_dim(k.shape[3], feature_map)
     states = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return k.new_empty(states * H, K * v.shape[-1] + K, dtype=sum_dtype(k))
 
@@ -76,11 +81,12 @@ def forward(
     o = empty_like_order(q, v.shape[-1])
     inverse = empty_inverse(q, normalizer)
     if o.numel() == 0 or k.shape[2] == 0:
-        return o.zero_(), empty_state(k, v, cu_seqlens).zero_(), inverse.zero_()
+        return o.zero_(), empty_state(k, v, feature_map, cu_seqlens).zero_(), inverse.zero_()
     sides = _sides(key_weight, key_mask, table, cu_seqlens, rotary)
     state = forward_of(
         q, k, v, *sides, count, o, inverse, feature_map, normalizer, scale, eps
     )  # fmt: skip
+    assert state is not None
     return o, state, inverse
 
 
@@ -148,8 +154,8 @@ def forward_of(
 
     normalize = normalizer != "none"
     factor, eps = scalars(normalizer, scale, eps, k.shape[2])
-    if query is keys is PLAIN and short.serves(q, k, v):
-        state = None if inverse is None else empty_state(k, v)
+    if query is keys is PLAIN and short.serves(q, k, v, feature_map):
+        state = None if inverse is None else empty_state(k, v, feature_map)
         short.launch_short(
             q, k, v, o, state, inverse if normalize else None, feature_map, normalize, factor, eps
         )

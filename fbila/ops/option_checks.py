@@ -5,6 +5,7 @@ Packed tensors have no batch axis: then `packed` is True and the batch size is l
 
 import torch
 
+from .feature_maps import feature_dim
 from .rotary import Rotary
 from .state import State
 from .tensor_checks import check_dense, check_device, check_dtype, check_groups
@@ -76,9 +77,16 @@ def as_rotary(rotary: tuple[torch.Tensor, torch.Tensor] | None) -> Rotary | None
 
 
 def check_rotary(
-    rotary: Rotary | None, name: str, x: torch.Tensor, key_heads: int, *, packed: bool = False
+    rotary: Rotary | None,
+    name: str,
+    x: torch.Tensor,
+    key_heads: int,
+    feature_map: str | None,
+    *,
+    packed: bool = False,
 ) -> None:
-    """Tables `(N, K / 2)` or `(H, N, K / 2)` for x `(B, H, N, K)`, called `name`: q or k."""
+    """Tables `(N, F / 2)` or `(H, N, F / 2)` for the F features of x `(B, H, N, K)`, called `name`:
+    q or k."""
     if rotary is None:
         return
     axis = 0 if packed else 2
@@ -97,11 +105,11 @@ def check_rotary(
         raise TypeError(f"Rotary's interleaved must be True or False, got {kind}.")
     if K % 2:
         raise ValueError(f"rotary needs an even head_dim, got {name}.shape[-1]={K}.")
-    shape = tuple(rotary.cos.shape)
-    if shape != tuple(rotary.sin.shape) or shape not in ((N, K // 2), (H, N, K // 2)):
+    shape, pairs = tuple(rotary.cos.shape), feature_dim(K, feature_map) // 2
+    if shape != tuple(rotary.sin.shape) or shape not in ((N, pairs), (H, N, pairs)):
         raise ValueError(
-            f"rotary's cos and sin must have shape (tokens, head_dim / 2)={(N, K // 2)} or (heads, "
-            f"tokens, head_dim / 2)={(H, N, K // 2)}, got cos.shape={shape} and "
+            f"rotary's cos and sin must have shape (tokens, head_dim / 2)={(N, pairs)} or (heads, "
+            f"tokens, head_dim / 2)={(H, N, pairs)}, got cos.shape={shape} and "
             f"sin.shape={tuple(rotary.sin.shape)}."
         )
     if len(shape) == 3 and key_heads != H:
@@ -112,7 +120,12 @@ def check_rotary(
 
 
 def check_shared_rotary(
-    rotary: Rotary | None, q: torch.Tensor, k: torch.Tensor, *, packed: bool = False
+    rotary: Rotary | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    feature_map: str | None,
+    *,
+    packed: bool = False,
 ) -> None:
     """One pair of tables for q and for k."""
     if rotary is not None and not packed and q.shape[2] != k.shape[2]:
@@ -121,7 +134,7 @@ def check_shared_rotary(
             f"q.shape[-2]={q.shape[2]} and k.shape[-2]={k.shape[2]}. Use linear_attn_state and "
             "linear_attn_apply, which take tables each."
         )
-    check_rotary(rotary, "q", q, k.shape[1], packed=packed)
+    check_rotary(rotary, "q", q, k.shape[1], feature_map, packed=packed)
 
 
 def check_focus(q: torch.Tensor, k: torch.Tensor, scale: torch.Tensor | None) -> None:
@@ -144,8 +157,8 @@ def check_focus(q: torch.Tensor, k: torch.Tensor, scale: torch.Tensor | None) ->
         )
 
 
-def check_state(state: State, q: torch.Tensor) -> None:
-    """kv `(B, H, K, V)`, key_sum `(B, H, K)` and count `(B,)` for q `(B, H, N, K)`."""
+def check_state(state: State, q: torch.Tensor, feature_map: str | None) -> None:
+    """kv `(B, H, K, V)`, key_sum `(B, H, K)` and count `(B,)`; K is the number of q's features."""
     if not isinstance(state, State):
         raise TypeError(f"state must be a fbila.State, got {type(state).__name__}.")
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -163,7 +176,7 @@ def check_state(state: State, q: torch.Tensor) -> None:
             f"state.kv.shape={tuple(state.kv.shape)}."
         )
     B, H, K, V = state.kv.shape
-    if (q.shape[0], q.shape[3]) != (B, K):
+    if (q.shape[0], feature_dim(q.shape[3], feature_map)) != (B, K):
         raise ValueError(
             "q and state must have the same batch size and head_dim, got "
             f"q.shape={tuple(q.shape)} and state.kv.shape={(B, H, K, V)}."

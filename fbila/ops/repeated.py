@@ -73,7 +73,7 @@ class Known:
             return
         feature_map, normalizer, _, scale, eps = self.options
         factor, eps = library.scalars(normalizer, scale, eps, k.shape[2])
-        plan = ShortForward if serves(q, k, v) else Forward
+        plan = ShortForward if serves(q, k, v, feature_map) else Forward
         self.planned = plan(q, k, v, o, feature_map, normalizer, factor, eps)
 
     def _plan_backward(self, do, q, k, v, gradients) -> None:
@@ -83,7 +83,7 @@ class Known:
         factor, _ = library.scalars(normalizer, scale, eps, k.shape[2])
         self.backwards[do.stride()] = (
             Backward(do, q, k, v, gradients, feature_map, normalizer != "none", factor)
-            if Backward.serves(q, v)
+            if Backward.serves(q, v, feature_map)
             else None
         )
 

@@ -92,8 +92,11 @@ def unit_of(dtype: torch.dtype) -> float:
 
 
 def features(x: torch.Tensor, feature_map: str | None, dtype: torch.dtype):
-    """phi(x) and phi'(x)."""
+    """phi(x) and phi'(x); of "signed" the slopes in what it makes features of, x and -x."""
     unit = unit_of(dtype)
+    if feature_map == "signed":
+        x = torch.cat((x, -x), -1)
+        feature_map = "relu"
     x = x.detach().double().requires_grad_()
     phi = FEATURE_MAPS[feature_map](x) * 1
     (slope,) = torch.autograd.grad(phi.sum(), x)
@@ -193,8 +196,13 @@ def linear_attention(q, k, v, do, feature_map: str | None, **options) -> dict[st
     dtype = q.dtype
     (f, q_slope), (g, k_slope) = (features(x, feature_map, dtype) for x in (q, k))
     results = attention(f, g, v, do, dtype, **options)
-    results["dq"] = results.pop("df") * q_slope
-    results["dk"] = results.pop("dg") * k_slope
+    dq, dk = results.pop("df") * q_slope, results.pop("dg") * k_slope
+    if feature_map == "signed":
+        dq, dk = (
+            x.moved(lambda t: t.chunk(2, -1)[0]) + -x.moved(lambda t: t.chunk(2, -1)[1])
+            for x in (dq, dk)
+        )
+    results["dq"], results["dk"] = dq, dk
     if "dw" in results:
         results["dw"] = results["dw"].moved(lambda t: t[..., 0])
     return results

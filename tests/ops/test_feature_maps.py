@@ -81,7 +81,12 @@ def test_gradient_at_zero_is_that_of_the_reference(variant, dtype):
 
 
 each_new_map = pytest.mark.parametrize(
-    "feature_map, phi", [("relu_offset", lambda x: x.clamp(min=0) + 1e-6), ("exp", torch.exp)]
+    "feature_map, phi",
+    [
+        ("relu_offset", lambda x: x.clamp(min=0) + 1e-6),
+        ("exp", torch.exp),
+        ("signed", lambda x: torch.cat((x.clamp(min=0), (-x).clamp(min=0)), -1)),
+    ],
 )
 each_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 

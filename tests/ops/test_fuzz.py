@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fbila
+from fbila.ops.feature_maps import feature_dim
 
 from .rounding import Rounded, focused_attention, joined, linear_attention
 
@@ -118,7 +119,7 @@ def random_case(seed: int) -> Case:
     """The same for the same seed."""
     options = random_options(Random(f"options {seed // SHARING}"))
     random = Random(f"sizes {seed}")
-    width = max(options.K, options.V)
+    width = max(feature_dim(options.K, options.feature_map), options.V)
     if CUDA:
         rows, numbers, longest = 24, 3_000_000, 6000
     else:
@@ -156,9 +157,11 @@ def random_options(random: Random) -> Options:
     focused = function == "focused_la"
     normalizer = random.choice(["mean", "sum"])
     normalizer = {"simple_la": None, "focused_la": "mean"}.get(function, normalizer)
-    feature_map = random.choice([None, "elu1", "elu1", "relu", "relu_offset", "exp"])
+    feature_map = random.choice([None, "elu1", "elu1", "relu", "relu_offset", "exp", "signed"])
     rotary = None if focused else random.choice([None, None, "interleaved", "halves"])
     K, V = random_width(random), random_width(random)
+    if feature_map == "signed" and not focused:
+        K = min(K, 128)
     grouped = not focused and random.random() < 0.4
     weight = None if focused else random.choice([None, None, "shared", "per head"])
     scaled = focused and random.random() < 0.7
@@ -199,7 +202,7 @@ def random_eps(
     rotary: str | None,
     weight: str | None,
 ) -> float:
-    if rotary and feature_map in ("relu", "relu_offset"):
+    if rotary and feature_map in ("relu", "relu_offset", "signed"):
         # Turned, features may add up where those of the denominator do not.
         return 0.3 if normalizer == "mean" else 1.0
     if weight is None and feature_map in (None, "elu1", "exp") and random.random() < 0.2:
@@ -278,12 +281,13 @@ def make_tensors(case: Case) -> Tensors:
     of_q = of_k = None
     if options.rotary:
         heads = (H,) if options.table_per_head else ()
+        pairs = feature_dim(options.K, options.feature_map) // 2
         of_q, of_k = (
             fbila.Rotary(
                 *(x.to(options.table_dtype) for x in (angles.cos(), angles.sin())),
                 interleaved=options.rotary == "interleaved",
             )
-            for angles in (3 * torch.randn(*heads, n, options.K // 2, **made) for n in (N, M))
+            for angles in (3 * torch.randn(*heads, n, pairs, **made) for n in (N, M))
         )
         of_k = of_k if options.function == "halves" else of_q
     q, k, v, do = (
@@ -379,7 +383,8 @@ def bounded(case: Case, x: Tensors) -> dict[str, Rounded]:
             weight = weight if mask is None else weight.masked_fill(~mask[:, None], 0)
         how = {"normalizer": options.normalizer, "eps": options.eps}
         if options.function == "simple_la":
-            how["scale"] = options.K**-0.5 if options.scale is None else options.scale
+            features = feature_dim(options.K, options.feature_map)
+            how["scale"] = features**-0.5 if options.scale is None else options.scale
         ends = [0, *accumulate(case.lengths or ())]
         sequences = [linear_attention(
             *(some_tokens(t, -2, tokens) for t in (q, k, v, do)), options.feature_map, **how,

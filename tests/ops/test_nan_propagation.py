@@ -6,6 +6,7 @@ from helpers import DTYPES, Variant, make_qkv, run
 
 NAN, INF = float("nan"), float("inf")
 MAPS = [Variant(n, f) for n in ("mean", None) for f in (None, "elu1", "relu")]
+MAPS.append(Variant("mean", "signed"))
 
 each_variant = pytest.mark.parametrize("variant", MAPS, ids=lambda x: x.name)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

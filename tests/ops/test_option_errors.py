@@ -32,6 +32,9 @@ CASES = [
     ((Q, K, V), {"rotary": (COS, COS)}, ValueError, "Use linear_attn_state and linear_attn_apply"),
     ((Q, K, V), {"rotary": (COS, COS)}, ValueError, "got q.shape[-2]=5 and k.shape[-2]=7"),
     ((Q, K_Q[:, :1], V_Q[:, :1]), {"rotary": (x(3, 5, 2),) * 2}, ValueError, "3 heads of q and 1"),
+    ((Q, K_Q, V_Q), {"rotary": (COS, COS), "feature_map": "signed"}, ValueError, "=(5, 4) or (h"),
+    # features
+    ((x(1, 1, 5, 129),) * 3, {"feature_map": "signed"}, ValueError, "makes 258 features of head_d"),
     # weights and masks
     ((Q, K, V), {"key_weight": 0.5}, TypeError, "key_weight must be a torch.Tensor, got float"),
     ((Q, K, V), {"key_weight": x(2, 7).bool()}, TypeError, "key_weight.dtype=torch.bool is not s"),

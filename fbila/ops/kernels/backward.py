@@ -2,6 +2,7 @@
 
 import torch
 
+from ..feature_maps import feature_dim
 from .grad_key import plan_grad_key
 from .grad_query import plan_grad_query
 from .launch import Launch, Starts
@@ -15,8 +16,9 @@ class Backward:
     """`library.backward` of tensors like those it was made for, whose heads are not `wide`."""
 
     @staticmethod
-    def serves(q: torch.Tensor, v: torch.Tensor) -> bool:
-        heads = (q.dtype, q.shape[-1], v.shape[-1])
+    def serves(q: torch.Tensor, v: torch.Tensor, feature_map: str) -> bool:
+        K = feature_dim(q.shape[3], feature_map)
+        heads = (q.dtype, K, v.shape[3], "none", feature_map)
         return not any(Tiling.of(name, *heads).wide for name in ("grad_query", "grad_key"))
 
     def __init__(

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .focus import focused
-from .tiles import column_mask
+from .tiles import column_mask, load_pair, store_pair, tile_mask
 
 
 @triton.jit
@@ -20,7 +20,9 @@ def features(
     With `rows` `(3, N)` it is the focused map, of which they are what all heads of a token share.
     """
     x0, x1 = x0.to(ACC), x1.to(ACC)
-    if rows is None:
+    if FEATURE_MAP == "signed":
+        x0, x1 = feature(x0, "relu"), feature(-x1, "relu")
+    elif rows is None:
         x0 = feature(x0, FEATURE_MAP)
         if K1 > 0:
             x1 = feature(x1, FEATURE_MAP)
@@ -74,6 +76,46 @@ def exp(x):
         return tl.exp2(x * 1.4426950408889634)
     else:
         return tl.exp(x)
+
+
+@triton.jit
+def load_channels(
+    pointer, offset0, offset1, rows, K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
+    KB: tl.constexpr, FEATURE_MAP: tl.constexpr,
+):  # fmt: skip
+    """What both tiles of K features are made of: with "signed" the same channels."""
+    if FEATURE_MAP == "signed":
+        x = tl.load(pointer + offset0, mask=tile_mask(rows, 0, K, K0, KB), other=0.0)
+        return x, x
+    else:
+        return load_pair(pointer, offset0, offset1, rows, 0, K, K0, K1, KB)
+
+
+@triton.jit
+def store_channels(
+    pointer, x0, x1, offset0, offset1, rows, K: tl.constexpr, K0: tl.constexpr,
+    K1: tl.constexpr, KB: tl.constexpr, FEATURE_MAP: tl.constexpr,
+):  # fmt: skip
+    """Where `load_channels` loads from."""
+    if FEATURE_MAP == "signed":
+        x0 = x0.to(pointer.dtype.element_ty)
+        tl.store(pointer + offset0, x0, mask=tile_mask(rows, 0, K, K0, KB))
+    else:
+        store_pair(pointer, x0, x1, offset0, offset1, rows, 0, K, K0, K1, KB)
+
+
+@triton.jit
+def feature_gradients(dphi0, dphi1, phi0, phi1, K1: tl.constexpr, FEATURE_MAP: tl.constexpr):
+    """The gradient of both tiles' channels; with "signed" that of the same ones, twice."""
+    if FEATURE_MAP == "signed":
+        dx = feature_gradient(dphi0, phi0, "relu") - feature_gradient(dphi1, phi1, "relu")
+        return dx, dx
+    else:
+        dx0 = feature_gradient(dphi0, phi0, FEATURE_MAP)
+        dx1 = dx0
+        if K1 > 0:
+            dx1 = feature_gradient(dphi1, phi1, FEATURE_MAP)
+        return dx0, dx1
 
 
 @triton.jit

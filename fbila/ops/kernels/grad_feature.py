@@ -15,7 +15,8 @@ from functools import lru_cache
 import torch
 import triton.language as tl
 
-from .features import feature_gradient, features, load_columns
+from ..feature_maps import feature_dim
+from .features import feature_gradients, features, load_channels, load_columns, store_channels
 from .launch import Launch, kernel
 from .memory import Axes, Layout
 from .programs import locate
@@ -35,7 +36,6 @@ from .tiles import (
     row_peak,
     scaled_product,
     store_key_sum,
-    store_pair,
     tile_mask,
     tile_offset,
     token_mask,
@@ -117,7 +117,7 @@ def grad_feature_kernel(
             p_x = x + token_offset(i_n, stride_xn, ORDER_X, UNIT)
             p_y = y + token_offset(i_n, stride_yn, ORDER_Y, UNIT)
             p_g = dx + token_offset(i_n, stride_gn, ORDER_G, UNIT)
-            b_x0, b_x1 = load_pair(p_x, o_x0, o_x1, m_x, 0, K, K0, K1, KB)
+            b_x0, b_x1 = load_channels(p_x, o_x0, o_x1, m_x, K, K0, K1, KB, FEATURE_MAP)
 
             b_g0 = tl.zeros((BLOCK_N, K0), dtype=ACC)
             b_g1 = b_g0
@@ -195,14 +195,11 @@ def grad_feature_kernel(
             if weight is not None:
                 b_w = tl.load(weight + o_n.to(tl.int64) * stride_wn, mask=m_x, other=0.0).to(ACC)
                 b_g0, b_g1 = b_g0 * b_w[:, None], b_g1 * b_w[:, None]
-            b_dx0 = feature_gradient(b_g0, b_f0, FEATURE_MAP)
-            b_dx1 = b_dx0
-            if K1 > 0:
-                b_dx1 = feature_gradient(b_g1, b_f1, FEATURE_MAP)
+            b_dx0, b_dx1 = feature_gradients(b_g0, b_g1, b_f0, b_f1, K1, FEATURE_MAP)
             if mask is not None:
                 b_dx0 = tl.where(m_x[:, None], b_dx0, 0.0)
                 b_dx1 = tl.where(m_x[:, None], b_dx1, 0.0)
-            store_pair(p_g, b_dx0, b_dx1, o_g0, o_g1, m_n, 0, K, K0, K1, KB)
+            store_channels(p_g, b_dx0, b_dx1, o_g0, o_g1, m_n, K, K0, K1, KB, FEATURE_MAP)
 
     if partial is not None:
         store_key_sum(partial + row * K, tl.sum(b_dz0, 0), tl.sum(b_dz1, 0), K, 0, K0, K1, KB)
@@ -222,10 +219,11 @@ def plan_grad_feature(
     sums: bool,
 ) -> tuple[Launch, int, tuple[int, ...], torch.dtype]:
     """(launch, chunk, shape and dtype of the partial sums of z')."""
-    B, H, N, K = x.shape
+    B, H, N = x.shape[:3]
+    K = feature_dim(x.shape[3], feature_map)
     V = y.shape[-1]
     name = "grad_feature" if sums else "grad_feature_of_key"
-    tiling = Tiling.of(name, dtype, K, V, side.rotary)
+    tiling = Tiling.of(name, dtype, K, V, side.rotary, feature_map)
     chunk, splits = tiling.split(N) if sums else tiling.run(B * H, N)
     programs = side.programs(B * H, H, N, chunk, splits)
     layout = Layout.of(dtype.itemsize, x, y, dx)

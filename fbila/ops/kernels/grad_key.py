@@ -13,7 +13,8 @@ from functools import lru_cache
 import torch
 import triton.language as tl
 
-from .features import feature_gradient, features, load_columns
+from ..feature_maps import feature_dim
+from .features import feature_gradients, features, load_channels, load_columns, store_channels
 from .grad_feature import launch_grad_feature
 from .launch import Launch, kernel
 from .memory import Axes, Layout
@@ -97,9 +98,8 @@ def grad_key_kernel(
         o_m = i_m + tl.arange(0, BLOCK_M)
         m_m = o_m < end
         m_k = key_rows(mask, o_m, m_m, stride_mm)
-        b_k0, b_k1 = load_pair(
-            k + token_offset(i_m, stride_km, ORDER_K, UNIT), o_k0, o_k1, m_k, 0, K, K0, K1, KB
-        )
+        p_k = k + token_offset(i_m, stride_km, ORDER_K, UNIT)
+        b_k0, b_k1 = load_channels(p_k, o_k0, o_k1, m_k, K, K0, K1, KB, FEATURE_MAP)
         p_v = v + token_offset(i_m, stride_vm, ORDER_V, UNIT)
         b_f0, b_f1 = features(b_k0, b_k1, rows, c_0, c_1, o_m, m_k, M, K1, FEATURE_MAP, POWER, ACC)
         b_a0, b_a1 = b_f0, b_f1
@@ -158,15 +158,12 @@ def grad_key_kernel(
             tl.store(dweight + o_m, tl.where(m_k, b_dw, 0.0), mask=m_m)
         if weight is not None:
             b_df0, b_df1 = b_df0 * b_w[:, None], b_df1 * b_w[:, None]
-        b_dk0 = feature_gradient(b_df0, b_f0, FEATURE_MAP)
-        b_dk1 = b_dk0
-        if K1 > 0:
-            b_dk1 = feature_gradient(b_df1, b_f1, FEATURE_MAP)
+        b_dk0, b_dk1 = feature_gradients(b_df0, b_df1, b_f0, b_f1, K1, FEATURE_MAP)
         if mask is not None:
             b_dk0 = tl.where(m_k[:, None], b_dk0, 0.0)
             b_dk1 = tl.where(m_k[:, None], b_dk1, 0.0)
         p_f = dk + token_offset(i_m, stride_fm, ORDER_F, UNIT)
-        store_pair(p_f, b_dk0, b_dk1, o_f0, o_f1, m_m, 0, K, K0, K1, KB)
+        store_channels(p_f, b_dk0, b_dk1, o_f0, o_f1, m_m, K, K0, K1, KB, FEATURE_MAP)
 
 
 @lru_cache(maxsize=1024)
@@ -181,9 +178,10 @@ def plan_grad_key(
     normalize: bool,
     factor: float,
 ) -> Launch:
-    B, H, M, K = k.shape
+    B, H, M = k.shape[:3]
+    K = feature_dim(k.shape[3], feature_map)
     V = v.shape[-1]
-    tiling = Tiling.of("grad_key", dtype, K, V, side.rotary)
+    tiling = Tiling.of("grad_key", dtype, K, V, side.rotary, feature_map)
     run, runs = tiling.run(B * H, M)
     programs = side.programs(B * H, H, M, run, runs)
     layout = Layout.of(dtype.itemsize, k, v, dk, dv)
@@ -231,7 +229,8 @@ def launch_grad_key(
 
     `factor` and `count` are as for `launch_output`.
     """
-    if Tiling.of("grad_key", k.dtype, k.shape[-1], v.shape[-1], side.rotary).wide:
+    K = feature_dim(k.shape[3], feature_map)
+    if Tiling.of("grad_key", k.dtype, K, v.shape[3], side.rotary, feature_map).wide:
         launch_output(k, dstate, dv, feature_map, False, factor, 0.0, side=side, count=count)
         launch_grad_feature(
             k, v, dstate, dk, side, 1, feature_map, normalize, factor,

@@ -17,7 +17,8 @@ from functools import lru_cache
 import torch
 import triton.language as tl
 
-from .features import feature_gradient, features, load_columns
+from ..feature_maps import feature_dim
+from .features import feature_gradients, features, load_channels, load_columns, store_channels
 from .grad_feature import launch_grad_feature
 from .launch import Launch, kernel
 from .memory import Axes, Layout
@@ -38,7 +39,6 @@ from .tiles import (
     row_peak,
     scaled_product,
     store_key_sum,
-    store_pair,
     store_state,
     token_mask,
     token_offset,
@@ -113,7 +113,7 @@ def grad_query_kernel(
             p_q = q + token_offset(i_n, stride_qn, ORDER_Q, UNIT)
             p_o = do + token_offset(i_n, stride_on, ORDER_O, UNIT)
             p_g = dq + token_offset(i_n, stride_gn, ORDER_G, UNIT)
-            b_q0, b_q1 = load_pair(p_q, o_q0, o_q1, m_n, 0, K, K0, K1, KB)
+            b_q0, b_q1 = load_channels(p_q, o_q0, o_q1, m_n, K, K0, K1, KB, FEATURE_MAP)
             b_do0, b_do1 = load_pair(p_o, o_o0, o_o1, m_n, 0, V, V0, V1, V0)
 
             b_g0 = tl.zeros((BLOCK_N, K0), dtype=ACC)
@@ -180,11 +180,8 @@ def grad_query_kernel(
                 if K1 > 0:
                     b_dw += tl.sum(b_f1 * b_g1, 1)
                 tl.store(dweight + i_bh * N + o_n, b_dw, mask=m_n)
-            b_dq0 = feature_gradient(b_g0, b_f0, FEATURE_MAP)
-            b_dq1 = b_dq0
-            if K1 > 0:
-                b_dq1 = feature_gradient(b_g1, b_f1, FEATURE_MAP)
-            store_pair(p_g, b_dq0, b_dq1, o_g0, o_g1, m_n, 0, K, K0, K1, KB)
+            b_dq0, b_dq1 = feature_gradients(b_g0, b_g1, b_f0, b_f1, K1, FEATURE_MAP)
+            store_channels(p_g, b_dq0, b_dq1, o_g0, o_g1, m_n, K, K0, K1, KB, FEATURE_MAP)
 
     partial += row * (K * V + K)
     store_state(partial, b_ds00, b_ds01, b_ds10, b_ds11, 0, K, V, K0, K1, KB, V0, V1)
@@ -204,9 +201,10 @@ def plan_grad_query(
     factor: float,
 ) -> tuple[Launch, int, tuple[int, ...], torch.dtype]:
     """(launch, chunk, shape and dtype of the partial sums)."""
-    B, H, N, K = q.shape
+    B, H, N = q.shape[:3]
+    K = feature_dim(q.shape[3], feature_map)
     V = do.shape[-1]
-    tiling = Tiling.of("grad_query", dtype, K, V, side.rotary)
+    tiling = Tiling.of("grad_query", dtype, K, V, side.rotary, feature_map)
     chunk, splits = tiling.split(N)
     programs = side.programs(B * H, H, N, chunk, splits)
     layout = Layout.of(dtype.itemsize, q, do, dq)
@@ -255,10 +253,11 @@ def launch_grad_query(
     `inverse` `(B, H, N)` is what the forward pass wrote, or None without a denominator; `factor`
     and `count` are as for `launch_output`. `dweight` `(B, H, N)` is for phi(q) . dphi(q).
     """
-    (_, H, N, K), V = q.shape, do.shape[-1]
+    (_, H, N, _), V = q.shape, do.shape[-1]
+    K = feature_dim(q.shape[3], feature_map)
     group = H // key_heads
     sums = key_heads, side.cu_seqlens
-    if Tiling.of("grad_query", q.dtype, K, V, side.rotary).wide:
+    if Tiling.of("grad_query", q.dtype, K, V, side.rotary, feature_map).wide:
         dstate = torch.empty_like(state)
         weighted = side._replace(weight=inverse)
         chunk, partial = launch_partial_state(q, do, weighted, feature_map, sum_keys=False)

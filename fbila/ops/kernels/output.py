@@ -11,7 +11,8 @@ from functools import lru_cache
 import torch
 import triton.language as tl
 
-from .features import features, load_columns
+from ..feature_maps import feature_dim
+from .features import features, load_channels, load_columns
 from .launch import Launch, kernel
 from .memory import Axes, Layout
 from .programs import locate
@@ -22,7 +23,6 @@ from .tiles import (
     head_offset,
     key_rows,
     load_key_sum,
-    load_pair,
     load_state,
     mean_factor,
     operand_scale,
@@ -103,7 +103,7 @@ def output_kernel(
             m_n = token_mask(o_n, end, WHOLE)
             p_q = q + token_offset(i_n, stride_qn, ORDER_Q, UNIT)
             p_o = o + token_offset(i_n, stride_on, ORDER_O, UNIT)
-            b_q0, b_q1 = load_pair(p_q, o_q0, o_q1, m_n, 0, K, K0, K1, KB)
+            b_q0, b_q1 = load_channels(p_q, o_q0, o_q1, m_n, K, K0, K1, KB, FEATURE_MAP)
             b_f0, b_f1 = features(
                 b_q0, b_q1, rows, c_0, c_1, o_n, m_n, N, K1, FEATURE_MAP, POWER, ACC
             )
@@ -170,9 +170,10 @@ def plan_output(
     factor: float,
     eps: float,
 ) -> Launch:
-    B, H, N, K = q.shape
+    B, H, N = q.shape[:3]
+    K = feature_dim(q.shape[3], feature_map)
     V = o.shape[-1]
-    tiling = Tiling.of("output", dtype, K, V, side.rotary)
+    tiling = Tiling.of("output", dtype, K, V, side.rotary, feature_map)
     run, runs = tiling.run(B * H, N)
     programs = side.programs(B * H, H, N, run, runs)
     layout = Layout.of(dtype.itemsize, q, o)

@@ -111,13 +111,14 @@ def short_kernel(
         tl.store(p_o + o_o, b_o.to(dtype), mask=tile_mask(m_n, 0, V, V0, V0))
 
 
-def serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether `short_kernel` is for such tensors: 16-bit, one tile a head, each with its own keys.
+def serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature_map: str) -> bool:
+    """Whether `short_kernel` is for them: 16-bit, one tile a head, each with its own keys.
 
     B and H do not enter: what a head gives must not depend on how many there are.
     """
     return (
         q.dtype.itemsize == 2
+        and feature_map != "signed"
         and q.shape[1] == k.shape[1]
         and max(q.shape[2], k.shape[2]) <= LONGEST
         and max(q.shape[3], v.shape[3]) <= WIDEST

@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .features import features, load_columns
+from ..feature_maps import feature_dim
+from .features import features, load_channels, load_columns
 from .launch import Launch, kernel
 from .memory import Axes, Layout
 from .programs import locate
@@ -99,7 +100,7 @@ def state_kernel(
             m_m = key_rows(mask, o_m, token_mask(o_m, end, WHOLE), stride_mm)
             p_k = k + token_offset(i_m, stride_km, ORDER_K, UNIT)
             p_v = v + token_offset(i_m, stride_vm, ORDER_V, UNIT)
-            b_k0, b_k1 = load_pair(p_k, o_k0, o_k1, m_m, 0, K, K0, K1, KB)
+            b_k0, b_k1 = load_channels(p_k, o_k0, o_k1, m_m, K, K0, K1, KB, FEATURE_MAP)
             b_v0, b_v1 = load_pair(p_v, o_v0, o_v1, m_m, first_v, V, V0, V1, V0)
             b_f0, b_f1 = features(
                 b_k0, b_k1, rows, c_0, c_1, o_m, m_m, M, K1, FEATURE_MAP, POWER, ACC
@@ -158,9 +159,10 @@ def plan_state(
     k: Axes, v: Axes, side: SidePlan, dtype: torch.dtype, feature_map: str, sum_keys: bool
 ) -> tuple[Launch, int, tuple[int, ...], torch.dtype]:
     """(launch, chunk, shape and dtype of the partial sums)."""
-    B, H, M, K = k.shape
+    B, H, M = k.shape[:3]
+    K = feature_dim(k.shape[3], feature_map)
     V = v.shape[-1]
-    tiling = Tiling.of("state" if sum_keys else "grad_state", dtype, K, V, side.rotary)
+    tiling = Tiling.of("state" if sum_keys else "grad_state", dtype, K, V, side.rotary, feature_map)
     chunk, splits = tiling.split(M)
     programs = side.programs(B * H, H, M, chunk, splits)
     layout = Layout.of(dtype.itemsize, k, v)

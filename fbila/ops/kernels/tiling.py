@@ -121,12 +121,21 @@ class Tiling:
 
     @staticmethod
     @cache
-    def of(kernel: str, dtype: torch.dtype, K: int, V: int, rotary: str = "none") -> "Tiling":
+    def of(
+        kernel: str,
+        dtype: torch.dtype,
+        K: int,
+        V: int,
+        rotary: str = "none",
+        feature_map: str = "none",
+    ) -> "Tiling":
+        """For K features, which "signed" makes of half as many channels."""
         if dtype == torch.float64:
             require_float64_products()
-        halves = rotary == "halves"
+        halves = rotary == "halves" or feature_map == "signed"
         if halves:
-            # A rotation of the one half of a head dim against the other: a tile each.
+            # A rotation of the one half of a head dim against the other, or two features of a
+            # channel: a tile each.
             k0 = k1 = max(16, triton.next_power_of_2(K // 2))
             kb = K // 2
         else:
