@@ -273,7 +273,7 @@ def _(q, k, v, *options):
 @torch.library.register_fake("fbila::linear_attn_forward", lib=LIBRARY)
 def _(q, k, v, key_weight, key_mask, count, table, cu_seqlens, feature_map, normalizer, *scalars):
     o, inverse = empty_like_order(q, v.shape[-1]), empty_inverse(q, normalizer)
-    return o, empty_state(k, v, cu_seqlens), inverse
+    return o, empty_state(k, v, feature_map, cu_seqlens), inverse
 
 
 @torch.library.register_fake("fbila::linear_attn_backward", lib=LIBRARY)

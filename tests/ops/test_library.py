@@ -280,6 +280,22 @@ def test_fakes_of_linear_attn(kind, layout):
     assert_fakes_are_like_the_real_ones(compute, do, *arguments)
 
 
+@pytest.mark.parametrize("kind", ["plain", "packed with all"])
+def test_fakes_of_more_features_than_channels(kind):
+    do, arguments, options = inputs(kind, torch.float16, "token_major", normalizer="none")
+    options = ("signed", *options[1:])
+    # A table has a column for every feature.
+    *arguments, table, cu_seqlens = arguments
+    arguments = (*arguments, None if table is None else table.repeat(1, 1, 2), cu_seqlens)
+
+    def compute(do, *arguments):
+        made = OPS.linear_attn_forward(*arguments, *options)
+        gradients = OPS.linear_attn_backward(do, *arguments, *made[1:], *options, [True, True])
+        return (*made, *gradients)
+
+    assert_fakes_are_like_the_real_ones(compute, do, *arguments)
+
+
 @each_layout
 @pytest.mark.parametrize("kind", ["plain", "keys", "grouped"])
 def test_fakes_of_the_halves(kind, layout):
