@@ -159,6 +159,9 @@ def grad_query_kernel(
                     b_top = tl.where(b_top < float("inf"), b_top, 0.0)
                     a_scale = operand_scale(tl.max(b_top, 0))
                     b_factor = b_inv * (1.0 / a_scale)
+                    # Out of range only where phi(q) is 0, and its product with 1 / d.
+                    beyond = (tl.abs(b_factor) == float("inf")) & (tl.abs(b_inv) < float("inf"))
+                    b_factor = tl.where(beyond, 0.0, b_factor)
                 b_a0, b_a1 = b_a0 * b_factor[:, None], b_a1 * b_factor[:, None]
                 b_dz0 += b_f0 * b_dden[:, None]
                 b_g0 = b_g0 * b_inv[:, None] + b_dden[:, None] * b_z0[None, :]
