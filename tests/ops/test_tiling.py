@@ -24,7 +24,8 @@ def test_tiles_cover_both_head_dims(dtype, kernel):
             for first, second in ((tiling.k0, tiling.k1), (tiling.v0, tiling.v1)):
                 assert first >= 16 and first.bit_count() == 1
                 assert second == 0 or (second >= 16 and second.bit_count() == 1)
-            assert tiling.k0 + tiling.k1 >= K
+            assert tiling.parts * (tiling.k0 + tiling.k1) >= K
+            assert tiling.parts == 1 or (tiling.parts * tiling.k0 == K and tiling.groups == 1)
             width = tiling.v0 + tiling.v1
             assert (tiling.groups - 1) * width < V <= tiling.groups * width
             assert tiling.groups == 1 or tiling.v1 == 0

@@ -48,7 +48,7 @@ def state_kernel(
     stride_th: "i64",
     H: "i32", M: "i32", chunk: "i32", splits: "i32",
     K: tl.constexpr, V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, PARTS: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, KB: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     ORDER_K: tl.constexpr, ORDER_V: tl.constexpr, UNIT: tl.constexpr, SAME: tl.constexpr,
     FEATURE_MAP: tl.constexpr, POWER: tl.constexpr, ROTARY: tl.constexpr, SUM_KEYS: tl.constexpr,
@@ -66,8 +66,11 @@ def state_kernel(
     c_0, c_1 = load_columns(rows, columns, i_h, K, K0, K1, KB)
     if rows is not None:
         rows += i_b * 3 * M
-    first_v = tl.program_id(1) * (V0 + V1)
-    o_k0, o_k1 = pair_offset(stride_km, stride_kd, 0, BLOCK_M, K0, K1, KB, ORDER_K, UNIT)
+    # Of S a program takes as many rows as there are, or all: then some of the columns.
+    PART: tl.constexpr = K // PARTS
+    first_k = tl.program_id(1) * PART if PARTS > 1 else 0
+    first_v = 0 if PARTS > 1 else tl.program_id(1) * (V0 + V1)
+    o_k0, o_k1 = pair_offset(stride_km, stride_kd, first_k, BLOCK_M, K0, K1, KB, ORDER_K, UNIT)
     if SAME:
         o_v0, o_v1 = o_k0, o_k1
     else:
@@ -100,7 +103,7 @@ def state_kernel(
             m_m = key_rows(mask, o_m, token_mask(o_m, end, WHOLE), stride_mm)
             p_k = k + token_offset(i_m, stride_km, ORDER_K, UNIT)
             p_v = v + token_offset(i_m, stride_vm, ORDER_V, UNIT)
-            b_k0, b_k1 = load_channels(p_k, o_k0, o_k1, m_m, K, K0, K1, KB, FEATURE_MAP)
+            b_k0, b_k1 = load_channels(p_k, o_k0, o_k1, m_m, PART, K0, K1, KB, FEATURE_MAP)
             b_v0, b_v1 = load_pair(p_v, o_v0, o_v1, m_m, first_v, V, V0, V1, V0)
             b_f0, b_f1 = features(
                 b_k0, b_k1, rows, c_0, c_1, o_m, m_m, M, K1, FEATURE_MAP, POWER, ACC
@@ -141,9 +144,11 @@ def state_kernel(
                     b_s11 = accumulate(b_a1, b_v1, b_s11, scale, RESCALE, PRECISION)
 
     partial += row * (K * V + (K if SUM_KEYS else 0))
-    store_state(partial, b_s00, b_s01, b_s10, b_s11, first_v, K, V, K0, K1, KB, V0, V1)
+    p_s = partial + first_k * V
+    store_state(p_s, b_s00, b_s01, b_s10, b_s11, first_v, PART, V, K0, K1, KB, V0, V1)
     if SUM_KEYS and first_v == 0:
-        store_key_sum(partial, tl.sum(b_z0, 0), tl.sum(b_z1, 0), K, V, K0, K1, KB)
+        p_z = partial + K * V + first_k
+        store_key_sum(p_z, tl.sum(b_z0, 0), tl.sum(b_z1, 0), PART, 0, K0, K1, KB)
 
 
 @triton.jit
@@ -168,12 +173,13 @@ def plan_state(
     layout = Layout.of(dtype.itemsize, k, v)
     launch = Launch(
         state_kernel,
-        (programs, tiling.groups),
+        (programs, tiling.groups * tiling.parts),
         (*layout.strides, *side.numbers, H, M, chunk, side.sequences or splits),
         {
             "K": K,
             "V": V,
             "BLOCK_M": tiling.block_tokens,
+            "PARTS": tiling.parts,
             **tiling.cover,
             "ORDER_K": layout.orders[0],
             "ORDER_V": layout.orders[1],

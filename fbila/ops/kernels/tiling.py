@@ -100,7 +100,8 @@ ENOUGH_PROGRAMS = 512
 class Tiling:
     """How one kernel cuts (dtype, K, V): K into tiles k0 + k1, V into `groups` of v0 + v1.
 
-    The second tile of K begins at channel kb.
+    The second tile of K begins at channel kb. Sums too large for one program are made by `parts`
+    of K or by the groups of V.
     """
 
     block_tokens: int
@@ -110,6 +111,7 @@ class Tiling:
     v0: int
     v1: int
     groups: int
+    parts: int
     num_warps: int
     num_stages: int
     span: int
@@ -147,7 +149,12 @@ class Tiling:
             k1 = 64
         sums = kernel in SUMS
         largest = (LARGEST_STATE if sums else LARGEST_OPERAND)[dtype.itemsize]
-        if (k0 + k1) * (v0 + v1) > largest:
+        parts = 1
+        if kernel in ("state", "grad_state") and rotary == "none":
+            parts = parts_of(K, v0 + v1, largest, feature_map)
+        if parts > 1:
+            k0, k1, kb = K // parts, 0, K // parts
+        elif (k0 + k1) * (v0 + v1) > largest:
             v0, v1 = max(16, 2 ** ((largest // (k0 + k1)).bit_length() - 1)), 0
         schedules = SCHEDULES[kernel]
         if rotary != "none":
@@ -167,6 +174,7 @@ class Tiling:
             v0=v0,
             v1=v1,
             groups=groups,
+            parts=parts,
             num_warps=schedule.num_warps,
             num_stages=stages,
             span=schedule.span,
@@ -252,6 +260,20 @@ def head_dim_cover(D: int, kernel: str) -> tuple[int, int]:
         whole <= 128 and first + rest >= whole
     )
     return (whole, 0) if one else (first, rest)
+
+
+def parts_of(K: int, width: int, largest: int, feature_map: str) -> int:
+    """Into how many parts K is cut where a (K, width) sum is too large for one program.
+
+    Each computes its own features alone, where groups of V would all compute all of them. Not for
+    maps whose features of a token hang together, and only into powers of two.
+    """
+    parts = 1
+    while K * width > parts * largest:
+        parts *= 2
+    part = K // parts
+    fits = K % parts == 0 and part >= 16 and part & (part - 1) == 0 and part <= 128
+    return parts if fits and feature_map not in ("signed", "focused") else 1
 
 
 def few_programs(kernel: str, width: int) -> tuple[int, int, bool]:
