@@ -34,7 +34,7 @@ CASES = [
     ((Q, K.to("meta"), V), {}, ValueError, "k.device=meta"),
     # options
     ((Q, K, V), {"feature_map": "softmax"}, ValueError, "got 'softmax'"),
-    ((Q, K, V), {"feature_map": "none"}, ValueError, "'relu', 'relu_offset', 'exp', got 'none'"),
+    ((Q, K, V), {"feature_map": "none"}, ValueError, "'relu_offset', 'exp', 'signed', got 'none'"),
     ((Q, K, V), {"impl": "cuda"}, ValueError, "'triton' or 'reference', got 'cuda'"),
 ]  # fmt: skip
 
