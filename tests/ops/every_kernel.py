@@ -35,6 +35,9 @@ def calls(K: int, V: int, dtype: torch.dtype):
         return fbila.linear_attn_apply(q, state + state, feature_map="elu1")
 
     yield "plain", attend()
+    yield "short", lambda q, k, v: attend()(q[:, :, :70], k[:, :, :100], v[:, :, :100])
+    if K <= 128:
+        yield "signed", lambda q, k, v: fbila.linear_attn(q, k, v, feature_map="signed")
     yield "simple", lambda q, k, v: fbila.simple_la(q, k, v, feature_map="relu", scale=0.01)
     for interleaved in (True, False):
         rotary = fbila.Rotary(angles.cos(), angles.sin(), interleaved)
