@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from .focus import focused
-from .tiles import column_mask, load_pair, store_pair, tile_mask
+from .masks import column_mask, tile_mask
+from .tiles import load_pair, store_pair
 
 
 @triton.jit

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 
 from .launch import Launch, kernel
+from .masks import key_rows
 from .memory import Axes, Layout
-from .tiles import head_offset, key_rows, tile_offset, token_offset
+from .tiles import head_offset, tile_offset, token_offset
 from .tiling import Tiling
 
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from ..feature_maps import feature_dim
 from .features import feature_gradients, features, load_channels, load_columns, store_channels
 from .launch import Launch, kernel
+from .masks import key_rows, tile_mask, token_mask, whole_blocks
 from .memory import Axes, Layout
 from .programs import locate
 from .rotary import load_table, rotate
@@ -25,7 +26,6 @@ from .side import Side, SidePlan
 from .tiles import (
     column_operand,
     head_offset,
-    key_rows,
     load_key_sum,
     load_pair,
     load_state,
@@ -36,11 +36,8 @@ from .tiles import (
     row_peak,
     scaled_product,
     store_key_sum,
-    tile_mask,
     tile_offset,
-    token_mask,
     token_offset,
-    whole_blocks,
 )
 from .tiling import Tiling
 

@@ -21,8 +21,9 @@ import triton.language as tl
 
 from .focus import chunk_channels, chunk_offset, merged, positive, power, tile
 from .launch import Launch, kernel
+from .masks import key_rows
 from .memory import Axes, Layout
-from .tiles import head_offset, key_rows, tile_offset, token_offset
+from .tiles import head_offset, tile_offset, token_offset
 from .tiling import ENOUGH_PROGRAMS, Tiling
 
 STAGES = 3

@@ -17,6 +17,7 @@ from ..feature_maps import feature_dim
 from .features import feature_gradients, features, load_channels, load_columns, store_channels
 from .grad_feature import launch_grad_feature
 from .launch import Launch, kernel
+from .masks import key_rows
 from .memory import Axes, Layout
 from .output import launch_output
 from .programs import locate
@@ -24,7 +25,6 @@ from .rotary import load_table, rotate
 from .side import Side, SidePlan
 from .tiles import (
     head_offset,
-    key_rows,
     load_key_sum,
     load_pair,
     load_state,

@@ -21,6 +21,7 @@ from ..feature_maps import feature_dim
 from .features import feature_gradients, features, load_channels, load_columns, store_channels
 from .grad_feature import launch_grad_feature
 from .launch import Launch, kernel
+from .masks import token_mask, whole_blocks
 from .memory import Axes, Layout
 from .programs import locate
 from .rotary import load_table, rotate
@@ -40,9 +41,7 @@ from .tiles import (
     scaled_product,
     store_key_sum,
     store_state,
-    token_mask,
     token_offset,
-    whole_blocks,
 )
 from .tiling import Tiling
 

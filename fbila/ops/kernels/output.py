@@ -14,6 +14,7 @@ import triton.language as tl
 from ..feature_maps import feature_dim
 from .features import features, load_channels, load_columns
 from .launch import Launch, kernel
+from .masks import key_rows, token_mask, whole_blocks
 from .memory import Axes, Layout
 from .programs import locate
 from .rotary import load_table, rotate
@@ -21,7 +22,6 @@ from .side import PLAIN, Side, SidePlan
 from .tiles import (
     column_operand,
     head_offset,
-    key_rows,
     load_key_sum,
     load_state,
     mean_factor,
@@ -30,9 +30,7 @@ from .tiles import (
     product,
     row_peak,
     store_pair,
-    token_mask,
     token_offset,
-    whole_blocks,
 )
 from .tiling import Tiling
 

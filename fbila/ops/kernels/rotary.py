@@ -7,7 +7,7 @@ side by side, for pairs (i, i + K / 2) as two halves, which are then the tiles o
 import triton
 import triton.language as tl
 
-from .tiles import tile_mask
+from .masks import tile_mask
 
 
 @triton.jit

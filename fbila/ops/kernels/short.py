@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .features import feature
 from .launch import Launch, kernel
+from .masks import tile_mask
 from .memory import Axes, Layout
 from .tiles import (
     column_operand,
@@ -19,7 +20,6 @@ from .tiles import (
     state_operands,
     store_key_sum,
     store_state_tile,
-    tile_mask,
     tile_offset,
     token_offset,
 )

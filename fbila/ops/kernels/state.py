@@ -16,6 +16,7 @@ import triton.language as tl
 from ..feature_maps import feature_dim
 from .features import features, load_channels, load_columns
 from .launch import Launch, kernel
+from .masks import key_rows, token_mask, whole_blocks
 from .memory import Axes, Layout
 from .programs import locate
 from .rotary import load_table, rotate
@@ -23,7 +24,6 @@ from .side import Side, SidePlan
 from .sums import sum_partial
 from .tiles import (
     head_offset,
-    key_rows,
     load_pair,
     operand_scale,
     pair_offset,
@@ -32,9 +32,7 @@ from .tiles import (
     scaled_product,
     store_key_sum,
     store_state,
-    token_mask,
     token_offset,
-    whole_blocks,
 )
 from .tiling import Tiling
 
