@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import MEAN, make_qkv, run
 
+from benchmarks.cases import select
 from fbila.ops.kernels import grad_feature, grad_key, grad_query, output, short, state
 from fbila.ops.kernels.tiling import SCHEDULES, Tiling, require_float64_products
 
@@ -56,6 +57,26 @@ def test_long_sums_are_split_and_short_ones_are_not():
     assert tiling.split(16_384)[1] > 4
     assert Tiling.of("state", torch.float16, 64, 64).acc_dtype == torch.float32
     assert Tiling.of("state", torch.float64, 64, 64).acc_dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "case", select(["large"]), ids=lambda case: f"{case.shape}-{case.dtype}-{case.layout}"
+)
+def test_sums_of_large_inputs_take_little_memory(case):
+    """At most 32 MiB beside o forward, 64 beside the gradients backward."""
+    dtype, D, rows = getattr(torch, case.dtype), case.D, case.B * case.H
+
+    def sums(kernel, size):
+        return rows * Tiling.of(kernel, dtype, D, D).split(case.N)[1] * size * 4
+
+    state = rows * (D * D + D) * 4
+    assert sums("state", D * D + D) + state <= 2**25
+    if Tiling.of("grad_query", dtype, D, D).wide:
+        # One after the other.
+        backward = max(sums("grad_state", D * D), sums("grad_feature", D))
+    else:
+        backward = sums("grad_query", D * D + D)
+    assert backward + state <= 2**26
 
 
 @pytest.mark.gpu
