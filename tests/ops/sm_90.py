@@ -22,7 +22,12 @@ from triton.compiler import ASTSource
 
 # The order of batch, heads and tokens in memory, in front of the head dim.
 LAYOUTS = {"head_major": (0, 1, 2), "token_major": (0, 2, 1)}
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+}
 CUOBJDUMP = Path(nvidia.__file__).with_name("bin") / "cuobjdump"
 
 # Of PTX: a register and the place of the parameter that it is loaded with; any other register that
@@ -70,7 +75,7 @@ class Arguments(NamedTuple):
 
 
 def launches(
-    D: int, layout: str, tokens: int
+    D: int, layout: str, tokens: int, **options: Any
 ) -> dict[str, tuple[Any, tuple[torch.Tensor | None, ...]]]:
     """The launches of both passes with their tensors, by their kernel and first tensor.
 
@@ -98,16 +103,15 @@ def launches(
     Launch.__call__ = record
     functional.choose_implementation = lambda *_: "triton"
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    o = fbila.linear_attn(*leaves, feature_map="elu1")
+    o = fbila.linear_attn(*leaves, feature_map="elu1", **options)
     torch.autograd.grad(o, leaves, do)
     return made
 
 
-def compile_sm_90(kernel: Any, arguments: Arguments, options: dict[str, int]) -> tuple[str, bytes]:
-    """The kernel's PTX and its binary."""
-    source = ASTSource(kernel, *arguments)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(options))
-    return compiled.asm["ptx"], compiled.asm["cubin"]
+def compile_sm_90(launch: Any, arguments: Arguments) -> Any:
+    """The launch's kernel, as Triton has it once it is compiled."""
+    source = ASTSource(launch.kernel, *arguments)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(launch.options))
 
 
 def accesses(ptx: str, pointers: dict[int, str]) -> dict[str, list[int]]:
@@ -159,7 +163,8 @@ def examine(launch: Any, arguments: Arguments) -> dict[str, Any]:
     tiles: the bytes of each access to the tensors of tokens, which alone have 16 bits.
     share: the bytes of a block of tokens that are one thread's, at least.
     """
-    ptx, binary = compile_sm_90(launch.kernel, arguments, launch.options)
+    compiled = compile_sm_90(launch, arguments)
+    ptx = compiled.asm["ptx"]
     sizes = accesses(ptx, arguments.pointers)
     constants = launch.constants
     block = constants.get("BLOCK_N") or constants["BLOCK_M"]
@@ -168,7 +173,20 @@ def examine(launch: Any, arguments: Arguments) -> dict[str, Any]:
         "tiles": {name: x for name, x in sizes.items() if arguments.signature[name] == "*bf16"},
         "share": 2 * block * min(constants["K"], constants["V"]) // programs,
         "products": len(PRODUCT.findall(ptx)),
-        **resources(binary),
+        "shared": compiled.metadata.shared,
+        **resources(compiled.asm["cubin"]),
+    }
+
+
+def shared_with_rotary(D: int) -> dict[str, int]:
+    """The bytes of shared memory of each kernel where channels i and i + D / 2 are rotated."""
+    import fbila
+
+    angles = torch.zeros(320, D // 2)
+    rotary = fbila.Rotary(angles, angles, interleaved=False)
+    return {
+        name: compile_sm_90(launch, Arguments.of(launch, tensors)).metadata.shared
+        for name, (launch, tensors) in launches(D, "token_major", 320, rotary=rotary).items()
     }
 
 
@@ -190,4 +208,7 @@ def main(head_dims: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(D) for D in sys.argv[1:]])
+    if sys.argv[1] == "rotary":
+        print(json.dumps(shared_with_rotary(int(sys.argv[2]))))
+    else:
+        main([int(D) for D in sys.argv[1:]])

@@ -18,6 +18,8 @@ except ImportError as missing:
 
 # Two processes compile half of them each.
 HALVES = [(32, 40, 160), (64, 80, 128)]
+# What a block of threads may have of a Hopper GPU's, in bytes.
+SHARED_MEMORY = 227 * 1024
 # The stack, in bytes, of the kernels that are known to spill, with the ptxas of Triton 3.9. Others
 # differ by some hundred bytes either way.
 SPILLS_TRITON = "3.9."
@@ -34,26 +36,31 @@ each_head_dim = pytest.mark.parametrize("D", sorted(sum(HALVES, ())))
 each_layout = pytest.mark.parametrize("layout", sm_90.LAYOUTS)
 
 
+def start(*arguments) -> subprocess.Popen:
+    """`sm_90.py` in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("TRITON_INTERPRET", None)
+    return subprocess.Popen(
+        [sys.executable, sm_90.__file__, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def finish(process: subprocess.Popen) -> dict:
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return json.loads(output)
+
+
 @pytest.fixture(scope="module")
 def kernels():
     """What `sm_90.examine` says of each kernel, by its name, by layout and head dim."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    environment.pop("TRITON_INTERPRET", None)
-    halves = [
-        subprocess.Popen(
-            [sys.executable, sm_90.__file__, *map(str, half)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for half in HALVES
-    ]
     examined = {}
-    for half in halves:
-        output, errors = half.communicate()
-        assert half.returncode == 0, errors
-        examined |= json.loads(output)
+    for half in [start(*half) for half in HALVES]:
+        examined |= finish(half)
     return examined
 
 
@@ -85,6 +92,18 @@ def test_tiles_are_moved_16_bytes_at_a_time(layout, D, kernels):
 def test_products_are_on_the_tensor_cores(layout, D, kernels):
     for name, kernel in kernels[f"{layout} {D}"].items():
         assert kernel["products"] > 0, name
+
+
+@each_head_dim
+@each_layout
+def test_shared_memory_suffices(layout, D, kernels):
+    for name, kernel in kernels[f"{layout} {D}"].items():
+        assert kernel["shared"] <= SHARED_MEMORY, name
+
+
+def test_shared_memory_suffices_for_the_widest_heads_with_rotary():
+    for name, shared in finish(start("rotary", 256)).items():
+        assert shared <= SHARED_MEMORY, name
 
 
 @pytest.mark.skipif(

@@ -81,10 +81,16 @@ SCHEDULES = {
     ),
     "short": (Schedule(64, 64, 4, 3, 256),),
 }
-# With rotary, where others are faster: the tables take registers and shared memory.
+# With rotary, where others are faster or the only ones to fit: the tables take registers and shared
+# memory.
 ROTARY_SCHEDULES = {
     "state": (Schedule(32, 128, 4, 3, 2048),),
-    "output": (Schedule(32, 64, 4, 4, 512), Schedule(256, 64, 4, 3, 1024)),
+    "output": (
+        Schedule(32, 64, 4, 4, 512),
+        Schedule(160, 64, 4, 3, 1024),
+        Schedule(256, 128, 8, 1, 1024),
+    ),
+    "grad_feature": (*SCHEDULES["grad_feature"][:-1], Schedule(256, 32, 8, 2, 4096)),
     "grad_query": (Schedule(32, 32, 2, 3, 2048), Schedule(64, 64, 4, 3, 4096)),
     "grad_key": (Schedule(32, 128, 4, 3, 256),),
 }
