@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.runtime.errors import OutOfResources
 
 
 def kernel(function: Callable) -> Any:
@@ -70,12 +71,23 @@ class Launch:
         key = (device, *[None if p is None else p % 16 == 0 for p in pointers])
         start = self.compiled.get(key)
         if start is None:
-            compiled = self.kernel[self.grid](
-                *tensors, *self.numbers, **self.constants, **self.options
-            )
-            self.compiled[key] = self._starter(compiled, device)
+            self.compiled[key] = self._starter(self._first(tensors), device)
         else:
             start(*pointers)
+
+    def _first(self, tensors: tuple[torch.Tensor | None, ...]) -> Any:
+        """Run, and return what Triton compiled.
+
+        Fewer stages of loads, which change no result, where a GPU has too little shared memory.
+        """
+        for stages in range(self.options["num_stages"], 0, -1):
+            options = {**self.options, "num_stages": stages}
+            try:
+                return self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **options)
+            except OutOfResources:
+                if stages == 1:
+                    raise
+        raise AssertionError("a launch has one stage at least")
 
     def _starter(self, compiled: Any, device: int) -> Callable[..., None]:
         """A function of the pointers that calls the driver, not by way of `compiled[grid]`."""
