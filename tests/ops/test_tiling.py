@@ -60,14 +60,16 @@ def test_long_sums_are_split_and_short_ones_are_not():
 
 
 @pytest.mark.parametrize(
-    "case", select(["large"]), ids=lambda case: f"{case.shape}-{case.dtype}-{case.layout}"
+    "case", select(["large", "middle", "vit"]), ids=lambda case: f"{case.shape}-{case.dtype}-{case.layout}"
 )
-def test_sums_of_large_inputs_take_little_memory(case):
+def test_sums_take_little_memory(case):
     """At most 32 MiB beside o forward, 64 beside the gradients backward."""
     dtype, D, rows = getattr(torch, case.dtype), case.D, case.B * case.H
 
     def sums(kernel, size):
-        return rows * Tiling.of(kernel, dtype, D, D).split(case.N)[1] * size * 4
+        splits = Tiling.of(kernel, dtype, D, D).split(case.N)[1]
+        # A single one is the state itself.
+        return rows * splits * size * 4 if splits > 1 else 0
 
     state = rows * (D * D + D) * 4
     assert sums("state", D * D + D) + state <= 2**25

@@ -235,6 +235,9 @@ class Tiling:
         if twice and tokens <= most * least:
             most, least = 2 * most, least // 2
         splits = min(most, max(1, (tokens + least // 2) // least))
+        if twice and splits == 2:
+            # Two halves of a few hundred tokens write nearly as much as they read.
+            splits = 1
         splits = max(splits, triton.cdiv(tokens, self.span))
         chunk = triton.cdiv(triton.cdiv(tokens, splits), self.block_tokens) * self.block_tokens
         return chunk, triton.cdiv(tokens, chunk)
