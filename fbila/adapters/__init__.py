@@ -6,7 +6,7 @@ without one.
 
 from typing import TYPE_CHECKING, Any
 
-from .report import AdapterError, Entry, SwapReport
+from .report import AdapterError, Entry, LayerDrift, SwapReport
 from .swap import SwapHandle, get_handle, unswap
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterError",
     "Entry",
+    "LayerDrift",
     "LinFusion",
     "SwapHandle",
     "SwapReport",

@@ -8,30 +8,29 @@ Checkpoints are those of the paper's code: config.json with `modules_list`, and 
 `{index in modules_list}.to_q.weight` and so on.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
 
+from .carry import require_carriable
 from .diffusers import plan, require_match, resolve_model
+from .hooks import casting, placement
 from .host import host
 from .linfusion_checks import require_fit, require_usable
 from .linfusion_weights import find_weights
-from .report import AdapterError, SwapReport
-from .swap import SwapHandle, get_handle, placement, swap_modules
+from .lora import own_parameters, tuners, unfused, without_tuners
+from .report import AdapterError, LayerDrift, SwapReport
+from .swap import SwapHandle, get_handle, swap_modules
 from .unet_attention import LinFusionAttention
 
 with host("diffusers"):
     from diffusers import ConfigMixin, ModelMixin
     from diffusers.configuration_utils import register_to_config
-
-_KEY = re.compile(
-    r"\d+\.(to_[qkv]\.weight|to_out\.0\.(weight|bias)|to_[qk]_\.[013]\.(weight|bias))"
-)
 
 
 class LinFusion(ModelMixin, ConfigMixin):
@@ -164,12 +163,20 @@ class LinFusion(ModelMixin, ConfigMixin):
     def _start_from(cls, unet: nn.Module, config: dict[str, Any]) -> "LinFusion":
         names = [layer["module_name"] for layer in config["modules_list"]]
         require_usable(unet, names, copied=True)
-        originals = [unet.get_submodule(name) for name in names]
+        originals: list[Any] = [unet.get_submodule(name) for name in names]
         device, dtype = placement(originals[0])
         with device:
             linfusion = cls(**config)
         for layer, original in zip(linfusion.layers, originals, strict=True):
-            layer.to(dtype).start_from(original)
+            # Without a fused LoRA, which is put on the new layer when that is mounted.
+            layer.to(dtype).start_from(
+                SimpleNamespace(
+                    to_q=unfused(original.to_q),
+                    to_k=unfused(original.to_k),
+                    to_v=unfused(original.to_v),
+                    to_out=[unfused(original.to_out[0])],
+                )
+            )
         return linfusion
 
     @classmethod
@@ -196,21 +203,32 @@ class LinFusion(ModelMixin, ConfigMixin):
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Writes config.json and the weights as safetensors, whether mounted or not.
 
+        A LoRA that is on the layers is left out.
+
         Args:
             save_directory: Created if need be.
             **kwargs: `variant`, `max_shard_size` and others of diffusers' `save_pretrained`.
 
         Raises:
-            AdapterError: If something (a LoRA) has changed the layers' tensors, since the file
-                could not be loaded again.
+            AdapterError: If a LoRA is fused into the weights, or they are under offloading or
+                casting that would spoil what is written.
         """
-        foreign = [key for key in self.state_dict() if not _KEY.fullmatch(key)]
-        if foreign:
-            raise AdapterError(
-                f"LinFusion's layers carry other tensors than its own ({foreign[0]}, for example); "
-                "remove the LoRA (pipeline.unload_lora_weights()) before saving."
-            )
-        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        module: Any = self
+        for name, tuner in tuners(module).items():
+            if tuner.merged_adapters:
+                raise AdapterError(
+                    f"A LoRA is fused into {name}. Call pipeline.unfuse_lora() before saving."
+                )
+        for layer in self.layers:
+            require_carriable(layer.name, layer)
+            if casting(layer) is not None:
+                raise AdapterError(
+                    f"{layer.name} is stored in {casting(layer).storage_dtype} by layerwise "
+                    "casting, and saving that would lose precision. Save LinFusion before "
+                    "enable_layerwise_casting()."
+                )
+        with without_tuners(module):
+            super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
 
     @property
     def layers(self) -> list[LinFusionAttention]:
@@ -262,9 +280,9 @@ class LinFusion(ModelMixin, ConfigMixin):
             layer.to(device=device, dtype=dtype if dtype.is_floating_point else None)
             layer.train(original.training)
             layer.name = name
-            kept += sum(p.numel() * p.element_size() for p in original.parameters())
-            added += sum(p.numel() for p in layer.parameters())
-            added -= sum(p.numel() for p in original.parameters())
+            kept += sum(p.numel() * p.element_size() for p in own_parameters(original))
+            added += sum(p.numel() for p in own_parameters(layer))
+            added -= sum(p.numel() for p in own_parameters(original))
         left = tuple(
             replace(entry, target="", reason="not in this LinFusion's modules_list")
             for entry in report.swapped
@@ -293,6 +311,24 @@ class LinFusion(ModelMixin, ConfigMixin):
         assert self._handle is not None
         self._handle.unmount()
         return report
+
+    def check(self, *args: Any, **kwargs: Any) -> list[LayerDrift]:
+        """How far each layer's answer is from the softmax layer's, given the same inputs.
+
+        Runs the UNet once, with softmax attention, and each layer beside the one it replaces.
+
+        Args:
+            *args, **kwargs: What the UNet is called with.
+
+        Returns:
+            One entry a layer: its name, tokens, relative error, and whether it is finite.
+
+        Raises:
+            AdapterError: If it was never mounted.
+        """
+        self.report  # noqa: B018 - raises if there is none
+        assert self._handle is not None
+        return self._handle.check(*args, **kwargs)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

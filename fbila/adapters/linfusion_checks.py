@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from .carry import require_carriable
+from .lora import plain
 from .report import AdapterError, SwapReport
 
 
@@ -39,22 +41,15 @@ def require_usable(unet: nn.Module, names: Iterable[str], *, copied: bool = Fals
         copied: Whether their weights are to be copied into the new layers.
 
     Raises:
-        AdapterError: If one carries a LoRA, is offloaded, or is quantised where it is to be copied.
+        AdapterError: If one carries a LoRA that cannot be carried over or a hook, is offloaded
+            layer by layer, or is quantised where it is to be copied.
     """
     for name in names:
-        for child in ("to_q", "to_k", "to_v", "to_out.0"):
-            linear: Any = unet.get_submodule(f"{name}.{child}")
-            if hasattr(linear, "base_layer"):
-                raise AdapterError(
-                    f"{name}.{child} carries a LoRA, which LinFusion's own layer would lose. "
-                    "Call pipeline.unload_lora_weights(), mount LinFusion, then load it again."
-                )
-            if linear.weight.device.type == "meta":
-                raise AdapterError(
-                    "The UNet is under sequential CPU offload; the new layers have no offload "
-                    "hooks. Mount before enable_sequential_cpu_offload()."
-                )
-            if copied and not linear.weight.is_floating_point():
+        module = unet.get_submodule(name)
+        require_carriable(name, module)
+        for child in ("to_q", "to_k", "to_v", "to_out.0") if copied else ():
+            linear: Any = plain(module.get_submodule(child))
+            if not linear.weight.is_floating_point():
                 raise AdapterError(
                     f"{child} is {type(linear).__name__}: its weights cannot be copied into a new "
                     "layer. Call dequantize() on the UNet first."

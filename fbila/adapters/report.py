@@ -30,6 +30,23 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class LayerDrift:
+    """How far a new module's answer is from that of the module it replaces, given the same input.
+
+    Attributes:
+        name: Its path in the model.
+        tokens: Length of the sequence.
+        error: ||new - original|| / ||original||.
+        finite: Whether the new answer has neither NaN nor Inf.
+    """
+
+    name: str
+    tokens: int
+    error: float
+    finite: bool
+
+
+@dataclass(frozen=True)
 class SwapReport:
     """The attention modules of a model, swapped and skipped.
 

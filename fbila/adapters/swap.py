@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .report import AdapterError, SwapReport
+from .carry import carry, require_carriable
+from .hooks import offloading_put_on_again, placement
+from .report import AdapterError, LayerDrift, SwapReport
 
 _HANDLE = "_fbila_handle"
 
@@ -68,6 +70,46 @@ class SwapHandle:
                 self._exchange(self.originals, self.modules)
                 self.mounted = True
 
+    @torch.no_grad()
+    def check(self, *args: Any, **kwargs: Any) -> list[LayerDrift]:
+        """How far each new module's answer is from the original's, given the same inputs.
+
+        Runs the model once, with the originals in place, and each new module beside its original.
+
+        Args:
+            *args, **kwargs: What the model is called with.
+
+        Returns:
+            One entry a module, in the order in which they ran.
+        """
+        drifts: list[LayerDrift] = []
+
+        def compare(name: str, args: tuple, kwargs: dict, expected: torch.Tensor) -> None:
+            actual = self.modules[name](*args, **kwargs).double()
+            difference = (actual - expected.double()).norm() / expected.double().norm()
+            drifts.append(
+                LayerDrift(
+                    name, expected.shape[1], difference.item(), bool(actual.isfinite().all())
+                )
+            )
+
+        with self.disabled():
+            hooks = [
+                module.register_forward_hook(
+                    lambda _, args, kwargs, expected, name=name: compare(
+                        name, args, kwargs, expected
+                    ),
+                    with_kwargs=True,
+                )
+                for name, module in self.originals.items()
+            ]
+            try:
+                self.model(*args, **kwargs)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        return drifts
+
     @property
     def attached(self) -> bool:
         """Whether the model still carries this swap, mounted or disabled."""
@@ -93,15 +135,22 @@ class SwapHandle:
                     f"{name} is now a {kind}, not the module fbila mounted; it was left as it is. "
                     f"Undo {kind} first."
                 )
-        for name, module in leaving.items():
-            # Whatever moved the model meanwhile could not see the module that was outside it.
-            now = placement(module)
-            if now != self._placed[name]:
-                coming[name].to(device=now[0], dtype=now[1])
-            coming[name].train(module.training)
-            self._placed[name] = placement(coming[name])
-            parent, _, child = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), child, coming[name])
+            require_carriable(name, module)
+            require_carriable(name, coming[name])
+        with offloading_put_on_again(self.model):
+            for name, module in leaving.items():
+                self._take_place(name, module, coming[name])
+
+    def _take_place(self, name: str, leaving: nn.Module, coming: nn.Module) -> None:
+        # Whatever moved the model meanwhile could not see the module that was outside it.
+        now = placement(leaving)
+        if now != self._placed[name]:
+            coming.to(device=now[0], dtype=now[1])
+        carry(leaving, coming)
+        coming.train(leaving.training)
+        self._placed[name] = placement(coming)
+        parent, _, child = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), child, coming)
 
 
 def swap_modules(
@@ -150,12 +199,6 @@ def unswap(model: nn.Module) -> SwapReport:
 def unwrap(model: nn.Module) -> nn.Module:
     """The module behind `torch.compile`."""
     return getattr(model, "_orig_mod", model)
-
-
-def placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of a module's first parameter."""
-    parameter = next(module.parameters())
-    return parameter.device, parameter.dtype
 
 
 def _save_without_swap(model: Any, *args: Any, **kwargs: Any) -> Any:

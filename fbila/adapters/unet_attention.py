@@ -7,6 +7,7 @@ a `.processor`. The mathematics stays in `fbila.layers`.
 import logging
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..layers import GeneralizedLinearAttention
@@ -20,6 +21,8 @@ with host("diffusers"):
 
 logger = logging.getLogger(__name__)
 
+# The bias by which diffusers hides a key.
+_HIDDEN = -10000.0
 # What diffusers passes to every attention layer although it is meant for other processors.
 _QUIET_ARGUMENTS = {"ip_adapter_masks", "ip_hidden_states"}
 
@@ -57,9 +60,13 @@ class LinFusionAttention(GeneralizedLinearAttention, Attention):
     ) -> Tensor:
         """Mixes the tokens of `hidden_states` `(B, N, C)`.
 
+        `attention_mask` may hide keys: `(B, N)` or `(B, 1, N)`, True or 0 for those that are seen,
+        False or at most -10000 for those that are not.
+
         Raises:
             AdapterError: If the call asks for what this layer would have to ignore: a foreign
-                processor, another sequence for the keys, or a mask.
+                processor, a skipped attention map, another sequence for the keys, or a mask that
+                does more than hide keys.
         """
         # Some pipelines assign .processor directly, so only here can it be seen for certain.
         if type(self.processor) not in SOFTMAX_PROCESSORS:
@@ -73,15 +80,35 @@ class LinFusionAttention(GeneralizedLinearAttention, Attention):
                 f"{self.name} is self-attention, but encoder_hidden_states "
                 f"{list(encoder_hidden_states.shape)} was passed to it."
             )
-        if attention_mask is not None:
+        skip = getattr(getattr(self, "_diffusers_hook", None), "hooks", {}).get("layer_skip_hook")
+        if getattr(skip, "skip_attention_scores", False):
             raise AdapterError(
-                f"{self.name}: attention_mask {list(attention_mask.shape)} was passed, and "
-                "LinFusion's layers take none. Run this call inside linfusion.disabled()."
+                f"skip_attention_scores was set on {self.name}, which runs linear attention and "
+                "has no attention map to skip. Unmount LinFusion, or leave this layer out."
             )
         unknown = cross_attention_kwargs.keys() - _QUIET_ARGUMENTS
         if unknown:
             logger.warning("%s ignores cross_attention_kwargs %s", self.name, sorted(unknown))
-        return super().forward(hidden_states)
+        key_mask = None if attention_mask is None else self._key_mask(attention_mask, hidden_states)
+        return super().forward(hidden_states, key_mask)
+
+    def _key_mask(self, mask: Tensor, hidden_states: Tensor) -> Tensor:
+        B, N, _ = hidden_states.shape
+        if mask.shape not in ((B, N), (B, 1, N)):
+            raise AdapterError(
+                f"{self.name}: attention_mask {list(mask.shape)} is no key mask of {N} tokens; "
+                "linear attention can hide keys, not query-key pairs. Run this call inside "
+                "linfusion.disabled()."
+            )
+        mask = mask.reshape(B, N)
+        if mask.dtype == torch.bool:
+            return mask
+        if not torch.compiler.is_compiling() and ((mask > _HIDDEN) & (mask != 0)).any():
+            raise AdapterError(
+                f"{self.name}: attention_mask holds biases other than 0 and {_HIDDEN}; linear "
+                "attention can hide keys, not weigh them so."
+            )
+        return mask > _HIDDEN
 
     def fuse_projections(self, fuse: bool = True) -> None:
         """Nothing to fuse: queries, keys and values are projections of different inputs."""

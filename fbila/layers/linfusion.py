@@ -81,14 +81,16 @@ class GeneralizedLinearAttention(nn.Module):
         self.to_q_ = nonlinear_projection(dim, projection_mid_dim, **factory)
         self.to_k_ = nonlinear_projection(dim, projection_mid_dim, **factory)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mixes the tokens of `x` `(B, N, C)`."""
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """Mixes the tokens of `x` `(B, N, C)`; `key_mask` `(B, N)` is False where keys are hidden."""
         query = self.to_q(x + self.to_q_(x))
         key = self.to_k(x + self.to_k_(x))
         value = self.to_v(x)
         # (B, N, C) -> (B, H, N, D) views, which the op reads in place.
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
-        out = linear_attn(q, k, v, feature_map="elu1", eps=EPS, normalizer="mean")
+        out = linear_attn(
+            q, k, v, feature_map="elu1", eps=EPS, normalizer="mean", key_mask=key_mask
+        )
         project, dropout = self.to_out
         return dropout(project(out.transpose(1, 2).flatten(2)))
 
