@@ -73,6 +73,12 @@ def offloading_put_on_again(model: nn.Module) -> Iterator[None]:
         offloading._apply_group_offloading(model, hook.config)
 
 
+def offloaded(module: nn.Module) -> bool:
+    """Whether layers of the module are moved to the GPU for their turn by diffusers."""
+    registries = (getattr(child, "_diffusers_hook", None) for child in module.modules())
+    return any(r is not None and r.get_hook("group_offloading") for r in registries)
+
+
 def foreign_hooks(module: nn.Module) -> list[str]:
     """The hooks of diffusers on the module itself that are not dealt with here."""
     hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})

@@ -21,7 +21,7 @@ from .carry import require_carriable
 from .diffusers import plan, require_match, resolve_model
 from .hooks import casting, placement
 from .host import host
-from .linfusion_checks import require_fit, require_usable
+from .linfusion_checks import require_fit, require_fusible, require_usable
 from .linfusion_weights import find_weights
 from .lora import own_parameters, tuners, unfused, without_tuners
 from .report import AdapterError, LayerDrift, SwapReport
@@ -300,6 +300,26 @@ class LinFusion(ModelMixin, ConfigMixin):
             ),
         )
         return self.report
+
+    def fuse(self) -> None:
+        """Makes every layer compute its projections by fewer and larger products, for inference.
+
+        Exact but for rounding, mounted or not; the weights stay, in the same memory. Undone by
+        `unfuse`, which is needed before training and before weights or LoRAs are loaded.
+
+        Raises:
+            AdapterError: If a LoRA is on the layers and not fused, or their weights are offloaded,
+                cast for storage, or not all of one dtype and device.
+        """
+        for layer in self.layers:
+            require_fusible(layer)
+        for layer in self.layers:
+            layer.fuse()
+
+    def unfuse(self) -> None:
+        """Undoes `fuse`: the layers compute as they are trained, from the same weights."""
+        for layer in self.layers:
+            layer.unfuse()
 
     def unmount(self) -> SwapReport:
         """Puts the UNet's own modules back, the very same objects; done twice, changes nothing.

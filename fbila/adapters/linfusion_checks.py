@@ -6,7 +6,8 @@ from typing import Any
 from torch import nn
 
 from .carry import require_carriable
-from .lora import plain
+from .hooks import casting, offloaded
+from .lora import plain, tuners
 from .report import AdapterError, SwapReport
 
 
@@ -54,6 +55,26 @@ def require_usable(unet: nn.Module, names: Iterable[str], *, copied: bool = Fals
                     f"{child} is {type(linear).__name__}: its weights cannot be copied into a new "
                     "layer. Call dequantize() on the UNet first."
                 )
+
+
+def require_fusible(layer: Any) -> None:
+    """The projections of a layer must be its own plain weights, where they can be read.
+
+    Raises:
+        AdapterError: If they are not.
+    """
+    require_carriable(layer.name, layer)
+    for child, tuner in tuners(layer).items():
+        raise AdapterError(
+            f"{layer.name}.{child} carries a {type(tuner).__name__} of peft. Call "
+            "pipeline.fuse_lora() and pipeline.unload_lora_weights() first, so that it is in the "
+            "weights."
+        )
+    if casting(layer) is not None or offloaded(layer):
+        raise AdapterError(
+            f"{layer.name} is under layerwise casting or group offloading, which move its weights "
+            "one by one. Fuse without them."
+        )
 
 
 def _values(shapes: dict[str, tuple[int, int]], position: int) -> str:

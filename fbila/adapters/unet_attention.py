@@ -8,7 +8,7 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layers import GeneralizedLinearAttention
 from ..layers.linfusion import nonlinear_projection
@@ -49,6 +49,7 @@ class LinFusionAttention(GeneralizedLinearAttention, Attention):
         Attention.__init__(self, query_dim=dim, heads=heads, dim_head=dim // heads)
         self.to_q_ = nonlinear_projection(dim, projection_mid_dim)
         self.to_k_ = nonlinear_projection(dim, projection_mid_dim)
+        self.fused = None
         self.name = name
 
     def forward(  # type: ignore[override]
@@ -86,11 +87,26 @@ class LinFusionAttention(GeneralizedLinearAttention, Attention):
                 f"skip_attention_scores was set on {self.name}, which runs linear attention and "
                 "has no attention map to skip. Unmount LinFusion, or leave this layer out."
             )
+        if self.fused is not None:
+            self._require_inference(hidden_states)
         unknown = cross_attention_kwargs.keys() - _QUIET_ARGUMENTS
         if unknown:
             logger.warning("%s ignores cross_attention_kwargs %s", self.name, sorted(unknown))
         key_mask = None if attention_mask is None else self._key_mask(attention_mask, hidden_states)
         return super().forward(hidden_states, key_mask)
+
+    def _require_inference(self, hidden_states: Tensor) -> None:
+        if any(type(linear) is not nn.Linear for linear in (self.to_q, self.to_k, self.to_v)):
+            raise AdapterError(
+                f"A LoRA was loaded on {self.name}, whose projections are fused and would ignore "
+                "it. Call linfusion.unfuse(), then pipeline.fuse_lora(), then linfusion.fuse()."
+            )
+        wanted = hidden_states.requires_grad or self.to_q.weight.requires_grad
+        if torch.is_grad_enabled() and wanted:
+            raise AdapterError(
+                f"{self.name} is called with gradients enabled, but its projections are fused and "
+                "have none. Use torch.no_grad(), or call linfusion.unfuse() first."
+            )
 
     def _key_mask(self, mask: Tensor, hidden_states: Tensor) -> Tensor:
         B, N, _ = hidden_states.shape

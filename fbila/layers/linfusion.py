@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import linear_attn
+from .fused_linfusion import FusedProjections
 
 EPS = 1e-4
 
@@ -80,12 +81,16 @@ class GeneralizedLinearAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim, **factory), nn.Dropout(0.0)])
         self.to_q_ = nonlinear_projection(dim, projection_mid_dim, **factory)
         self.to_k_ = nonlinear_projection(dim, projection_mid_dim, **factory)
+        self.fused: FusedProjections | None = None
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """Mixes the tokens of `x` `(B, N, C)`; `key_mask` `(B, N)` is False where keys are hidden."""
-        query = self.to_q(x + self.to_q_(x))
-        key = self.to_k(x + self.to_k_(x))
-        value = self.to_v(x)
+        """Mixes the tokens of `x` `(B, N, C)`; `key_mask` `(B, N)` is False for keys to hide."""
+        if self.fused is not None:
+            query, key, value = self.fused(x)
+        else:
+            query = self.to_q(x + self.to_q_(x))
+            key = self.to_k(x + self.to_k_(x))
+            value = self.to_v(x)
         # (B, N, C) -> (B, H, N, D) views, which the op reads in place.
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
         out = linear_attn(
@@ -93,6 +98,18 @@ class GeneralizedLinearAttention(nn.Module):
         )
         project, dropout = self.to_out
         return dropout(project(out.transpose(1, 2).flatten(2)))
+
+    def fuse(self) -> None:
+        """Computes queries, keys and values by fewer products, exactly but for rounding.
+
+        For inference: the weights must stay as they are until `unfuse`, and have no gradients.
+        """
+        if self.fused is None:
+            self.fused = FusedProjections(self)
+
+    def unfuse(self) -> None:
+        """Undoes `fuse`; the weights are the very same."""
+        self.fused = None
 
     @torch.no_grad()
     def start_from(self, softmax_attention: Any) -> None:

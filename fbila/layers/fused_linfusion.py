@@ -1,0 +1,86 @@
+"""LinFusion's queries, keys and values from two products instead of seven, for inference.
+
+    q = W_q (x + F_q(x)) = W_q x + W_q W_2 h_q + W_q b_2,    h_q = LeakyReLU(LayerNorm(W_1 x + b_1))
+
+One product gives W_1 x for queries and keys, W_q x, W_k x and W_v x; one kernel both h; and one
+batched product adds W_q W_2 h_q and W_k W_2 h_k in place. Exact but for rounding.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.norm_library import layer_norm_leaky_relu
+
+
+class FusedProjections(nn.Module):
+    """What `GeneralizedLinearAttention` projects its input to.
+
+    Its buffers are made from the layer's weights as they are now, and are no part of a state dict.
+    The layer's large weights become views of them, so that they are in memory once.
+
+    Args:
+        layer: With `to_q`, `to_k`, `to_v` and the nonlinear `to_q_`, `to_k_`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    second: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+    @torch.no_grad()
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.dim = layer.to_v.in_features
+        pairs = ((layer.to_q, layer.to_q_), (layer.to_k, layer.to_k_))
+        self.mid_dim = 0
+        if isinstance(layer.to_q_, nn.Identity):
+            weights = [*(2 * linear.weight for linear, _ in pairs), layer.to_v.weight]
+            self.register_buffer("weight", torch.cat(weights), persistent=False)
+            self.register_buffer("bias", None, persistent=False)
+            return
+        self.mid_dim = layer.to_q_[0].out_features
+        self.eps, self.slope = layer.to_q_[1].eps, layer.to_q_[2].negative_slope
+        shared = [
+            *(f[0].weight for _, f in pairs),
+            *(m.weight for m, _ in pairs),
+            layer.to_v.weight,
+        ]
+        biases = [f[0].bias for _, f in pairs]
+        products = []
+        for linear, f in pairs:
+            wide = linear.weight.double()
+            products.append((wide @ f[3].weight.double()).T.to(linear.weight.dtype))
+            biases.append((wide @ f[3].bias.double()).to(linear.weight.dtype))
+        biases.append(torch.zeros_like(layer.to_v.weight[:, 0]))
+        for name, tensor in (
+            ("weight", torch.cat(shared)),
+            ("bias", torch.cat(biases)),
+            ("second", torch.stack(products)),
+            ("norm_weight", torch.stack([f[1].weight for _, f in pairs])),
+            ("norm_bias", torch.stack([f[1].bias for _, f in pairs])),
+        ):
+            self.register_buffer(name, tensor, persistent=False)
+        rows = self.weight.split([len(w) for w in shared])
+        for parameter, view in zip(shared, rows, strict=True):
+            parameter.data = view
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(query, key, value), each `(B, N, C)`, of x `(B, N, C)`."""
+        y = F.linear(x, self.weight, self.bias)
+        if not self.mid_dim:
+            return y.chunk(3, -1)
+        rows = y.flatten(0, 1)
+        first, both, _ = rows.split([2 * self.mid_dim, 2 * self.dim, self.dim], -1)
+        first = first.unflatten(1, (2, self.mid_dim)).transpose(0, 1)
+        h = layer_norm_leaky_relu(first, self.norm_weight, self.norm_bias, self.eps, self.slope)
+        both = both.unflatten(1, (2, self.dim)).transpose(0, 1)
+        if self.second.dtype == y.dtype and not torch.compiler.is_compiling():
+            both.baddbmm_(h, self.second)
+            return y[..., 2 * self.mid_dim :].chunk(3, -1)
+        # Autocast leaves operations in place as they are, and compilers take them apart.
+        query, key = torch.baddbmm(both, h, self.second).unflatten(1, x.shape[:2])
+        return query, key, y[..., -self.dim :]
