@@ -12,6 +12,7 @@ from .swap import SwapHandle, get_handle, unswap
 if TYPE_CHECKING:
     from .diffusers import plan
     from .linfusion import LinFusion
+    from .memory import low_memory
 
 __all__ = [
     "AdapterError",
@@ -21,6 +22,7 @@ __all__ = [
     "SwapHandle",
     "SwapReport",
     "get_handle",
+    "low_memory",
     "plan",
     "unswap",
 ]
@@ -31,6 +33,10 @@ def __getattr__(name: str) -> Any:
         from .linfusion import LinFusion
 
         return LinFusion
+    if name == "low_memory":
+        from .memory import low_memory
+
+        return low_memory
     if name == "plan":
         from .diffusers import plan
 

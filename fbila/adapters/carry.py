@@ -1,14 +1,15 @@
 """What others have put on a module goes over to the one that takes its place.
 
-A LoRA, layerwise casting and group offloading belong to the place in the model, not to the module
-that happens to be there: whichever it is, it is as if they had been put on that one, and what was
-taken off is off both.
+A LoRA, layerwise casting, group offloading and a processor that was set belong to the place in the
+model, not to the module that happens to be there: whichever it is, it is as if they had been put on
+that one, and what was taken off is off both.
 """
 
 from torch import nn
 
 from .hooks import carry_casting, foreign_hooks
 from .lora import can_carry, carry_tuners, tuners
+from .processors import carry_processor
 from .report import AdapterError
 
 
@@ -16,6 +17,7 @@ def carry(leaving: nn.Module, coming: nn.Module) -> None:
     """Puts on `coming` what `leaving` has on, and takes off what it has no more."""
     carry_tuners(leaving, coming)
     carry_casting(leaving, coming)
+    carry_processor(leaving, coming)
 
 
 def require_carriable(name: str, module: nn.Module) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from .host import host
+from .processors import is_softmax
 from .report import AdapterError, Entry, SwapReport
 from .swap import unwrap
 
 with host("diffusers"):
-    from diffusers.models import attention_processor
     from diffusers.models.attention_processor import Attention
 
 _TEMPORAL_PARENTS = {
@@ -21,22 +21,6 @@ _TEMPORAL_PARENTS = {
     "TemporalBasicTransformerBlock",
     "TransformerTemporalModel",
 }
-# Ways of computing plain softmax self-attention. A module that was told to use one of them can be
-# linear instead; anything else (PAG, custom diffusion, Sana) means another computation.
-_SOFTMAX_PROCESSORS = (
-    "AttnProcessor",
-    "AttnProcessor2_0",
-    "AttnProcessorNPU",
-    "FusedAttnProcessor2_0",
-    "SlicedAttnProcessor",
-    "XFormersAttnProcessor",
-    "XLAFlashAttnProcessor2_0",
-)
-SOFTMAX_PROCESSORS = tuple(
-    getattr(attention_processor, name)
-    for name in _SOFTMAX_PROCESSORS
-    if hasattr(attention_processor, name)
-)
 
 
 def resolve_model(model: Any) -> nn.Module:
@@ -119,10 +103,9 @@ def why_not(model: nn.Module, name: str) -> str:
         "its projections are not square": not (
             module.query_dim == module.inner_dim == module.inner_kv_dim == module.out_dim
         ),
-        f"runs {type(module.processor).__name__}, which linear attention would ignore": type(
-            module.processor
-        )
-        not in SOFTMAX_PROCESSORS,
+        f"runs {type(module.processor).__name__}, which linear attention would ignore": (
+            not is_softmax(module.processor)
+        ),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 

@@ -80,6 +80,7 @@ def offloaded(module: nn.Module) -> bool:
 
 
 def foreign_hooks(module: nn.Module) -> list[str]:
-    """The hooks of diffusers on the module itself that are not dealt with here."""
-    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-    return sorted(hooks.keys() - {_CASTING, *_OFFLOADING, "peft_autocast_disable"})
+    """The hooks of diffusers on the module and in it that are not dealt with here."""
+    registries = (getattr(child, "_diffusers_hook", None) for child in module.modules())
+    hooks = {name for registry in registries if registry is not None for name in registry.hooks}
+    return sorted(hooks - {_CASTING, *_OFFLOADING, "peft_autocast_disable"})

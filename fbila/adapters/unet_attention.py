@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..layers import GeneralizedLinearAttention
 from ..layers.linfusion import nonlinear_projection
-from .diffusers import SOFTMAX_PROCESSORS
 from .host import host
+from .processors import is_softmax
 from .report import AdapterError
 
 with host("diffusers"):
@@ -70,7 +70,7 @@ class LinFusionAttention(GeneralizedLinearAttention, Attention):
                 does more than hide keys.
         """
         # Some pipelines assign .processor directly, so only here can it be seen for certain.
-        if type(self.processor) not in SOFTMAX_PROCESSORS:
+        if not is_softmax(self.processor):
             raise AdapterError(
                 f"{type(self.processor).__name__} was set on {self.name}, which runs linear "
                 "attention and would ignore it. Unmount LinFusion, or leave this layer out of what "
@@ -81,12 +81,13 @@ class LinFusionAttention(GeneralizedLinearAttention, Attention):
                 f"{self.name} is self-attention, but encoder_hidden_states "
                 f"{list(encoder_hidden_states.shape)} was passed to it."
             )
-        skip = getattr(getattr(self, "_diffusers_hook", None), "hooks", {}).get("layer_skip_hook")
-        if getattr(skip, "skip_attention_scores", False):
-            raise AdapterError(
-                f"skip_attention_scores was set on {self.name}, which runs linear attention and "
-                "has no attention map to skip. Unmount LinFusion, or leave this layer out."
-            )
+        for hook in getattr(getattr(self, "_diffusers_hook", None), "hooks", {}).values():
+            if getattr(hook, "skip_attention_scores", False):
+                raise AdapterError(
+                    f"skip_attention_scores was set on {self.name}, which runs linear attention "
+                    "and has no attention map to skip. Leave this layer out of it, or remove its "
+                    "hook and unmount LinFusion."
+                )
         if self.fused is not None:
             self._require_inference(hidden_states)
         unknown = cross_attention_kwargs.keys() - _QUIET_ARGUMENTS

@@ -7,15 +7,47 @@
 x, y: `(B, N, C)`. Liu et al., "LinFusion: 1 GPU, 1 Minute, 16K Image", https://arxiv.org/abs/2409.02097.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import linear_attn
+from ..ops import linear_attn, linear_attn_apply, linear_attn_state
 from .fused_linfusion import FusedProjections
 
 EPS = 1e-4
+
+
+def attend_in_chunks(
+    layer: Any, norm: nn.Module, x: Tensor, tokens: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The layer's answer to norm(x), piece by piece, in the memory of one piece.
+
+    The keys are gone over first, and their states added. A piece may be written over once it has
+    been yielded.
+
+    Args:
+        layer: A `GeneralizedLinearAttention`.
+        norm: Applied to pieces of x.
+        x: `(B, N, C)`.
+        tokens: Length of a piece.
+
+    Yields:
+        (piece of x, a view; the answer for its tokens).
+    """
+    state = None
+    for piece in x.split(tokens, 1):
+        normed = norm(piece)
+        key, value = layer.to_k(normed + layer.to_k_(normed)), layer.to_v(normed)
+        part = linear_attn_state(layer.heads_of(key), layer.heads_of(value), feature_map="elu1")
+        state = part if state is None else state + part
+    assert state is not None
+    for piece in x.split(tokens, 1):
+        normed = norm(piece)
+        query = layer.heads_of(layer.to_q(normed + layer.to_q_(normed)))
+        out = linear_attn_apply(query, state, feature_map="elu1", eps=EPS, normalizer="mean")
+        yield piece, layer.to_out[0](out.transpose(1, 2).flatten(2))
 
 
 def nonlinear_projection(
@@ -92,12 +124,16 @@ class GeneralizedLinearAttention(nn.Module):
             key = self.to_k(x + self.to_k_(x))
             value = self.to_v(x)
         # (B, N, C) -> (B, H, N, D) views, which the op reads in place.
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
+        q, k, v = self.heads_of(query), self.heads_of(key), self.heads_of(value)
         out = linear_attn(
             q, k, v, feature_map="elu1", eps=EPS, normalizer="mean", key_mask=key_mask
         )
         project, dropout = self.to_out
         return dropout(project(out.transpose(1, 2).flatten(2)))
+
+    def heads_of(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, H, N, D), a view."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def fuse(self) -> None:
         """Computes queries, keys and values by fewer products, exactly but for rounding.
