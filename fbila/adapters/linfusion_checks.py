@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from .carry import require_carriable
@@ -50,10 +51,13 @@ def require_usable(unet: nn.Module, names: Iterable[str], *, copied: bool = Fals
         require_carriable(name, module)
         for child in ("to_q", "to_k", "to_v", "to_out.0") if copied else ():
             linear: Any = plain(module.get_submodule(child))
-            if not linear.weight.is_floating_point():
+            kind = type(linear.weight.data)
+            # torchao's weights say that they are floating point, and are no plain tensors.
+            if not linear.weight.is_floating_point() or kind is not torch.Tensor:
                 raise AdapterError(
-                    f"{child} is {type(linear).__name__}: its weights cannot be copied into a new "
-                    "layer. Call dequantize() on the UNet first."
+                    f"{child} is {type(linear).__name__} with {kind.__name__} weights of "
+                    f"{linear.weight.dtype}: they cannot be copied into a new layer. Call "
+                    "dequantize() on the UNet first, or load LinFusion's own weights."
                 )
 
 
