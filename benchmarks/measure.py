@@ -1,11 +1,8 @@
 """One case: the gate, then each pass beside its floor and its peers. The record goes into JSON."""
 
-import gc
 import traceback
 from collections.abc import Iterable
 from dataclasses import asdict
-
-import torch
 
 from . import gate
 from .cases import Case
@@ -16,6 +13,7 @@ from .passes import time_pass
 from .peers import PEERS, SAME_MATHEMATICS, Absent
 from .targets import verdict
 from .timing import Timer
+from .upkeep import first_line, free
 
 
 def measure(case: Case, timer: Timer, peers: Iterable[str]) -> dict:
@@ -37,9 +35,9 @@ def measure(case: Case, timer: Timer, peers: Iterable[str]) -> dict:
         return record | {"status": "skipped", "reason": str(error)}
     except Exception as error:
         traceback.print_exc()
-        return record | {"status": "failed", "reason": _first_line(error)}
+        return record | {"status": "failed", "reason": first_line(error)}
     finally:
-        _free()
+        free()
 
 
 def _check(case: Case, function: Operator, device: str) -> dict[str, dict]:
@@ -101,7 +99,7 @@ def _measure_peer(peer: str, case: Case, timer: Timer) -> dict[str, dict]:
     except Absent as reason:
         outcome = {"absent": str(reason)}
     except Exception as failure:
-        outcome = {"failed": _first_line(failure)}
+        outcome = {"failed": first_line(failure)}
     else:
         if error <= gate.PEER_ERROR:
             return {name: _fastest(case, name, ways, timer) for name in case.passes}
@@ -125,19 +123,7 @@ def _fastest(case: Case, name: str, ways: dict[str, Attention], timer: Timer) ->
             time, peak_bytes = time_pass(case, name, function, timer)
             measured[way] = {**time._asdict(), "peak_bytes": peak_bytes, "way": way}
         except Exception as error:
-            failures[way] = _first_line(error)
+            failures[way] = first_line(error)
     if not measured:
         return {"failed": "; ".join(f"{way}: {words}" for way, words in failures.items())}
     return min(measured.values(), key=lambda result: result["ms"])
-
-
-def _first_line(error: Exception) -> str:
-    words = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {words[0] if words else ''}"
-
-
-def _free() -> None:
-    """Compiled functions and cached memory of one case are no business of the next."""
-    torch.compiler.reset()
-    gc.collect()
-    torch.cuda.empty_cache()

@@ -86,7 +86,7 @@ def time_by_length(records: list[dict], machine: dict) -> Figure:
         panel.grid(alpha=0.3)
     case = records[0]["case"]
     shape = f"batch {case['B']}, {case['H']} heads, head dim {case['D']}, {case['dtype']}"
-    return _finish(figure, panels[0], f"{case['operator']}, {shape}", machine)
+    return finish(figure, panels[0], f"{case['operator']}, {shape}", machine)
 
 
 def floor_by_head_dim(records: list[dict], machine: dict) -> Figure:
@@ -101,7 +101,7 @@ def floor_by_head_dim(records: list[dict], machine: dict) -> Figure:
     panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
     case = records[0]["case"]
-    return _finish(
+    return finish(
         figure,
         panel,
         f"{case['operator']}, {case['dtype']}, about equal bytes at each head dim",
@@ -117,7 +117,7 @@ def _line(
         panel.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=width, label=label)
 
 
-def _finish(figure: Figure, panel: Axes, title: str, machine: dict) -> Figure:
+def finish(figure: Figure, panel: Axes, title: str, machine: dict) -> Figure:
     """The title with the machine below it, and a legend beside the panels."""
     versions = f"{machine['gpu']}, PyTorch {machine['torch']}, Triton {machine['triton']}"
     figure.suptitle(f"{title}\n{versions}", fontsize=10)

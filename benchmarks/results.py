@@ -56,5 +56,5 @@ def read(path: Path) -> dict:
     except (OSError, json.JSONDecodeError) as error:
         raise SystemExit(f"{path} cannot be read: {error}") from error
     if "machine" not in content or "cases" not in content:
-        raise SystemExit(f"{path} is no result of benchmarks.ops.")
+        raise SystemExit(f"{path} is no result of these benchmarks.")
     return content

@@ -115,9 +115,9 @@ class CudaTimer:
                 kept.append(calls[i % len(calls)]())
         # A replay lasts so much longer than its launch that it needs no other queue.
         count, nothing = self.count(estimate * per_graph), deque(maxlen=0)
-        pairs = [_bracket(graph.replay, nothing) for _ in range(count)]
+        pairs = [bracket(graph.replay, nothing) for _ in range(count)]
         torch.cuda.synchronize()
-        return quantiles([t / per_graph for t in _elapsed(pairs)])
+        return quantiles([t / per_graph for t in elapsed(pairs)])
 
     def bandwidth(self, method: str) -> float:
         """Bytes read plus written a second by a copy of a GiB, measured once a method."""
@@ -183,12 +183,12 @@ class CudaTimer:
         while len(times) < count:
             torch.cuda._sleep(math.ceil(sleep_ms * self._cycles_per_ms))
             start = time.perf_counter()
-            pairs = [_bracket(next(turn), kept) for _ in range(GROUP)]
+            pairs = [bracket(next(turn), kept) for _ in range(GROUP)]
             late = pairs[0][0].query()  # The sleep was over before all was queued.
             queue_ms = (time.perf_counter() - start) * 1e3
             torch.cuda.synchronize()
             if not late:
-                times += _elapsed(pairs)
+                times += elapsed(pairs)
                 sleep_ms, tries = 2 * queue_ms, 0
             elif tries < TRIES:
                 sleep_ms, tries = 2 * max(queue_ms, sleep_ms), tries + 1
@@ -202,17 +202,17 @@ class CudaTimer:
     def _cycles_per_ms(self) -> float:
         """Of the clock by which `torch.cuda._sleep` counts, once the device is awake."""
         nothing: deque = deque(maxlen=0)
-        pairs = [_bracket(lambda: torch.cuda._sleep(CALIBRATION_CYCLES), nothing) for _ in range(3)]
+        pairs = [bracket(lambda: torch.cuda._sleep(CALIBRATION_CYCLES), nothing) for _ in range(3)]
         torch.cuda.synchronize()
         # The first one also loads the kernel.
-        return CALIBRATION_CYCLES / min(_elapsed(pairs))
+        return CALIBRATION_CYCLES / min(elapsed(pairs))
 
 
 def make_timer(quick: bool) -> CudaTimer:
     return CudaTimer(60.0 if quick else 300.0)
 
 
-def _bracket(call: Call, kept: deque) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+def bracket(call: Call, kept: deque) -> tuple[torch.cuda.Event, torch.cuda.Event]:
     """Events around the call, whose result goes into `kept`."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -221,7 +221,7 @@ def _bracket(call: Call, kept: deque) -> tuple[torch.cuda.Event, torch.cuda.Even
     return start, end
 
 
-def _elapsed(pairs: Sequence[tuple[torch.cuda.Event, torch.cuda.Event]]) -> list[float]:
+def elapsed(pairs: Sequence[tuple[torch.cuda.Event, torch.cuda.Event]]) -> list[float]:
     return [start.elapsed_time(end) for start, end in pairs]
 
 

@@ -271,7 +271,7 @@ def test_lines_and_summary(small, timer, no_flash_bla):
 
 def test_nothing_is_left_for_the_next_case(small, timer, monkeypatch):
     freed = []
-    monkeypatch.setattr(module, "_free", lambda: freed.append(1))
+    monkeypatch.setattr(module, "free", lambda: freed.append(1))
     measure(small, timer, ())
     measure(replace(small, B=0), timer, ())
     assert len(freed) == 2

@@ -1,0 +1,133 @@
+"""The registry: every row that is measured, with its goals."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .goals import GIB, Goal
+
+EVERY = ("sdpa", "official", "fbila", "fbila fused")
+LINEAR = EVERY[1:]
+MODES = ("eager", "default", "reduce-overhead", "train")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One UNet on one size of picture, with several ways to compute its attention.
+
+    Attributes:
+        unet: A name in `models.UNETS`.
+        px: Pixels along each side.
+        mode: "eager", a mode of `torch.compile`, or "train": a step of distillation, eager.
+        attentions: Names in `attentions.WAYS`.
+        skipped: Why others are not measured, by name.
+    """
+
+    group: str
+    unet: str
+    px: int
+    batch: int = 2
+    mode: str = "eager"
+    attentions: tuple[str, ...] = EVERY
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    goals: tuple[Goal, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}/{self.unet}/{self.px}"
+
+    @property
+    def rounds(self) -> int:
+        """How often the attentions take turns: twice, so that a drift of the clocks shows.
+
+        Compiled functions would have to be compiled twice, and training starts with an optimizer.
+        """
+        return 2 if self.mode == "eager" else 1
+
+    @property
+    def weighed(self) -> bool:
+        """Whether peak memory is measured: a captured graph has its own before it is replayed."""
+        return self.mode != "reduce-overhead"
+
+
+def _no_slower(factor: float, reference: str) -> tuple[Goal, ...]:
+    return (Goal("fbila fused", reference, factor),)
+
+
+def _eager() -> list[Row]:
+    sd15 = {512: (1.10, "sdpa"), 1024: (0.85, "sdpa"), 2048: (0.90, "official")}
+    sd15[4096] = sd15[2048]
+    sdxl = {1024: (1.10, "sdpa"), 2048: (0.82, "official"), 4096: (0.82, "official")}
+    return [
+        Row("eager", unet, px, goals=_no_slower(*goal))
+        for unet, sizes in (("sd15", sd15), ("sdxl", sdxl))
+        for px, goal in sizes.items()
+    ]
+
+
+def _compiled() -> list[Row]:
+    """In channels_last, which compiled convolutions prefer."""
+    at_512 = {"goals": _no_slower(1.0, "sdpa")}
+    longer = {"goals": _no_slower(0.85, "official")}
+    slow = {
+        "attentions": LINEAR,
+        "skipped": {"sdpa": "takes seconds a step, compiled or not: see the eager row"},
+    }
+    return [
+        Row("compiled", "sd15", 512, mode="default", **at_512),
+        Row("compiled", "sd15", 1024, mode="default", **longer),
+        Row("compiled", "sd15", 2048, mode="default", **longer),
+        Row("compiled", "sd15", 4096, mode="default", **longer, **slow),
+        Row("reduce-overhead", "sd15", 512, mode="reduce-overhead", **at_512),
+        # For the plot.
+        *(
+            Row("compiled", "sdxl", px, mode="default",
+                attentions=("sdpa", "official", "fbila fused"))
+            for px in (1024, 2048, 4096)
+        ),
+    ]  # fmt: skip
+
+
+def _sixteen_k() -> list[Row]:
+    """The paper's longest sequence, and half of its side; a single picture without guidance."""
+    slow = {"sdpa": "takes half a minute a step and more"}
+    goals = _no_slower(0.65, "official")
+    saving = (
+        Goal("fbila low memory", None, plus=24 * GIB, quantity="peak_bytes"),
+        Goal("fbila low memory", "fbila", 1.4),
+    )
+    eager = {"attentions": (*LINEAR, "fbila low memory"), "skipped": slow}
+    compiled = {"mode": "default", "attentions": LINEAR, "skipped": slow}
+    return [
+        Row("16k/eager", "sd15", 8192, batch=1, goals=goals, **eager),
+        Row("16k/eager", "sd15", 16384, batch=1, goals=(*goals, *saving), **eager),
+        Row("16k/compiled", "sd15", 8192, batch=1, goals=goals, **compiled),
+        Row("16k/compiled", "sd15", 16384, batch=1, goals=goals, **compiled),
+    ]
+
+
+def _train(unet: str, px: int) -> Row:
+    goals = (
+        Goal("fbila", "official", 0.85),
+        Goal("fbila", "official", 0.90, quantity="peak_bytes"),
+    )
+    return Row(
+        "train", unet, px, batch=4, mode="train", attentions=("official", "fbila"), goals=goals
+    )
+
+
+ROWS: tuple[Row, ...] = (*_eager(), *_compiled(), *_sixteen_k(), _train("sd15", 512))
+
+# For trying all of it out on a CPU; the numbers mean nothing.
+TINY_ROWS: tuple[Row, ...] = (
+    Row("eager", "tiny", 64, goals=_no_slower(1.10, "sdpa")),
+    Row("eager", "tiny", 128, goals=_no_slower(0.90, "official")),
+    Row("compiled", "tiny", 64, mode="default", attentions=EVERY[:2], skipped={"fbila": "slow"}),
+    Row("16k/eager", "tiny", 128, batch=1, attentions=("official", "fbila", "fbila low memory"),
+        goals=(Goal("fbila low memory", "fbila", 1.4),)),
+    _train("tiny", 64),
+)  # fmt: skip
+
+
+def select(rows: Sequence[Row], prefixes: Sequence[str] = ()) -> list[Row]:
+    """The rows whose name begins with one of `prefixes` (none: all), in the registry's order."""
+    return [row for row in rows if row.name.startswith(tuple(prefixes) or "")]
