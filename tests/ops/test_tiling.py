@@ -60,7 +60,9 @@ def test_long_sums_are_split_and_short_ones_are_not():
 
 
 @pytest.mark.parametrize(
-    "case", select(["large", "middle", "vit"]), ids=lambda case: f"{case.shape}-{case.dtype}-{case.layout}"
+    "case",
+    select(["large", "middle", "vit"]),
+    ids=lambda case: f"{case.shape}-{case.dtype}-{case.layout}",
 )
 def test_sums_take_little_memory(case):
     """At most 32 MiB beside o forward, 64 beside the gradients backward."""
