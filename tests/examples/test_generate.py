@@ -132,8 +132,8 @@ def test_a_model_that_cannot_be_fetched():
     command = [sys.executable, EXAMPLES / "generate.py", "--model", "fbila-tests/no-such-model"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 1
-    assert len(ended.stderr.splitlines()) == 1, ended.stderr
-    assert "fbila-tests/no-such-model" in ended.stderr
+    *_, last = ended.stderr.splitlines()  # other libraries may warn of their own versions
+    assert "fbila-tests/no-such-model" in last and "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize("script", ["generate", "distill"])
