@@ -1,17 +1,20 @@
-"""LayerNorm followed by LeakyReLU as a torch.library op, for inference.
+"""LayerNorm followed by LeakyReLU as a torch.library op.
 
 `fbila::layer_norm_leaky_relu`: x `(P, R, D)`, weight and bias `(P, D)` -> `(P, R, D)`. Each of P
-sets of rows is normalised over D and has its own weight and bias. A kernel on CUDA, PyTorch
-elsewhere.
+sets of rows is normalised over D and has its own weight and bias, which may be wider than x. For
+the gradient x alone is kept. A kernel on CUDA, PyTorch elsewhere.
 """
 
 import torch
 import torch.nn.functional as F
 
+from .autograd import ordinary, refuse_second_derivative
 from .library import LIBRARY, sum_dtype
 
+_ARGUMENTS = "Tensor x, Tensor weight, Tensor bias, float eps, float slope"
+LIBRARY.define(f"layer_norm_leaky_relu({_ARGUMENTS}) -> Tensor")
 LIBRARY.define(
-    "layer_norm_leaky_relu(Tensor x, Tensor weight, Tensor bias, float eps, float slope) -> Tensor"
+    f"layer_norm_leaky_relu_backward(Tensor dy, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -33,8 +36,60 @@ def in_pytorch(x, weight, bias, eps, slope):
     )
 
 
+def backward_in_kernel(dy, x, weight, bias, eps, slope):
+    from .kernels.norm_backward import launch_grad_norm
+
+    if x.numel() == 0:
+        return x.new_empty(x.shape), torch.zeros_like(weight), torch.zeros_like(bias)
+    x, dy = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, dy))
+    return launch_grad_norm(dy, x, weight.contiguous(), bias.contiguous(), eps, slope)
+
+
+def backward_in_pytorch(dy, x, weight, bias, eps, slope):
+    wide = sum_dtype(x)
+    h = x.to(wide) - x.mean(-1, keepdim=True, dtype=wide)
+    r = (h.square().mean(-1, keepdim=True) + eps).rsqrt()
+    h = h * r
+    w = weight[:, None].to(wide)
+    dz = torch.where(h * w + bias[:, None] > 0, dy.to(wide), dy.to(wide) * slope)
+    dh = dz * w
+    dx = r * (dh - dh.mean(-1, keepdim=True) - h * (dh * h).mean(-1, keepdim=True))
+    return dx.to(x.dtype), (dz * h).sum(1).to(weight.dtype), dz.sum(1).to(bias.dtype)
+
+
+class LayerNormLeakyReLU(torch.autograd.Function):
+    """`fbila::layer_norm_leaky_relu` and its gradient."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        *tensors, eps, slope = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.scalars = eps, slope
+        if direct(*tensors):
+            return in_kernel(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.fbila.layer_norm_leaky_relu(*inputs)
+
+    @staticmethod
+    def backward(ctx, dy):
+        tensors = ctx.saved_tensors
+        # With gradients enabled, gradients of gradients are wanted, which the op refuses.
+        unseen = not torch.is_grad_enabled() and direct(dy, *tensors)
+        run = backward_in_kernel if unseen else torch.ops.fbila.layer_norm_leaky_relu_backward
+        return (*run(dy, *tensors, *ctx.scalars), None, None)
+
+
+def direct(*tensors: torch.Tensor) -> bool:
+    """Whether the kernel can be launched without the dispatcher."""
+    return tensors[0].is_cuda and ordinary(*tensors)
+
+
 LIBRARY.impl("layer_norm_leaky_relu", in_kernel, "CUDA")
 LIBRARY.impl("layer_norm_leaky_relu", in_pytorch, "CPU")
+LIBRARY.impl("layer_norm_leaky_relu", lambda *x: LayerNormLeakyReLU.apply(*x), "Autograd")
+LIBRARY.impl("layer_norm_leaky_relu_backward", backward_in_kernel, "CUDA")
+LIBRARY.impl("layer_norm_leaky_relu_backward", backward_in_pytorch, "CPU")
+refuse_second_derivative("layer_norm_leaky_relu_backward", "layer_norm_leaky_relu")
 
 
 @torch.library.register_fake("fbila::layer_norm_leaky_relu", lib=LIBRARY)
@@ -42,7 +97,17 @@ def _(x, weight, bias, eps, slope):
     return x.new_empty(x.shape)
 
 
+@torch.library.register_fake("fbila::layer_norm_leaky_relu_backward", lib=LIBRARY)
+def _(dy, x, weight, bias, eps, slope):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
 def layer_norm_leaky_relu(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, slope: float
 ) -> torch.Tensor:
-    return torch.ops.fbila.layer_norm_leaky_relu(x, weight, bias, eps, slope)
+    """`fbila::layer_norm_leaky_relu`, straight away where nothing stands in between."""
+    if not direct(x, weight, bias):
+        return torch.ops.fbila.layer_norm_leaky_relu(x, weight, bias, eps, slope)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
+        return LayerNormLeakyReLU.apply(x, weight, bias, eps, slope)
+    return in_kernel(x, weight, bias, eps, slope)

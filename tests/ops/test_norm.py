@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from helpers import DEVICE, DTYPES
 
 from fbila.ops.kernels.norm import launch_norm
+from fbila.ops.kernels.norm_backward import launch_grad_norm
 from fbila.ops.norm_library import layer_norm_leaky_relu
 
 
@@ -32,14 +33,64 @@ def test_of_part_of_a_wider_tensor(launch, shape, dtype):
         assert (actual[i].double() - expected).abs().max() <= bound
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(2, 33, 64), (1, 1, 3), (2, 300, 80), (3, 2, 1280)], ids=str)
+@pytest.mark.parametrize(
+    "launch", [launch_grad_norm, torch.ops.fbila.layer_norm_leaky_relu_backward]
+)
+def test_gradients_of_part_of_a_wider_tensor(launch, shape, dtype):
+    P, R, D = shape
+    torch.manual_seed(0)
+    # 16-bit tensors have wider weights here, as under autocast.
+    kept = torch.promote_types(dtype, torch.float32)
+    x, dy = (
+        (3 + 2 * torch.randn(R, P * D + 7, dtype=torch.float64, device=DEVICE))
+        .to(dtype)[:, : P * D]
+        .unflatten(1, (P, D))
+        .transpose(0, 1)
+        for _ in range(2)
+    )
+    weight, bias = torch.randn(2, P, D, dtype=torch.float64, device=DEVICE).to(kept)
+    actual = launch(dy, x, weight, bias, 1e-5, 0.01)
+    assert [t.dtype for t in actual] == [dtype, kept, kept]
+    exact = [t.double().requires_grad_() for t in (x, weight, bias)]
+    for i in range(P):
+        normed = F.layer_norm(exact[0][i], (D,), exact[1][i], exact[2][i], 1e-5)
+        F.leaky_relu(normed, 0.01).backward(dy[i].double())
+    for wide, got in zip(exact, actual, strict=True):
+        eps = torch.finfo(got.dtype).eps
+        bound = 8 * eps * (wide.grad.abs().max() + 1 + R**0.5)
+        assert (got.double() - wide.grad).abs().max() <= bound
+
+
+def test_gradients_through_the_op():
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    weight, bias = torch.randn(2, 2, 6, dtype=torch.float64, device=DEVICE).unbind()
+    weight.requires_grad_(), bias.requires_grad_()
+    torch.autograd.gradcheck(
+        lambda *tensors: layer_norm_leaky_relu(*tensors, 1e-5, 0.01), (x, weight, bias)
+    )
+    (dx,) = torch.autograd.grad(
+        layer_norm_leaky_relu(x, weight, bias, 1e-5, 0.01).sum(), x, create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
+        dx.sum().backward()
+
+
 def test_nothing_in_nothing_out():
-    x = torch.randn(2, 0, 16, device=DEVICE)
-    weight = torch.randn(2, 16, device=DEVICE)
-    assert layer_norm_leaky_relu(x, weight, weight, 1e-5, 0.01).shape == (2, 0, 16)
+    x = torch.randn(2, 0, 16, device=DEVICE, requires_grad=True)
+    weight = torch.randn(2, 16, device=DEVICE, requires_grad=True)
+    y = layer_norm_leaky_relu(x, weight, weight, 1e-5, 0.01)
+    assert y.shape == (2, 0, 16)
+    y.sum().backward()
+    assert x.grad.shape == x.shape and not weight.grad.any()
 
 
 def test_opcheck():
-    x = torch.randn(2, 5, 16, device=DEVICE)
+    x = torch.randn(2, 5, 16, device=DEVICE, requires_grad=True)
     weight = torch.randn(2, 16, device=DEVICE)
     op = torch.ops.fbila.layer_norm_leaky_relu.default
     torch.library.opcheck(op, (x, weight, weight, 1e-5, 0.01))
+    backward = torch.ops.fbila.layer_norm_leaky_relu_backward.default
+    torch.library.opcheck(backward, (x.detach(), x.detach(), weight, weight, 1e-5, 0.01))

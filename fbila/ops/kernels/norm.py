@@ -13,7 +13,7 @@ from .launch import Launch, kernel
 from .tiling import Tiling
 
 # Elements of a tile: 16 for each of 128 threads.
-_ELEMENTS = 2048
+ELEMENTS = 2048
 
 
 @kernel
@@ -49,7 +49,7 @@ def plan_norm(
 ) -> Launch:
     P, R, D = shape
     width = triton.next_power_of_2(D)
-    block = max(1, _ELEMENTS // width)
+    block = max(1, ELEMENTS // width)
     return Launch(
         norm_kernel,
         (triton.cdiv(R, block), P),

@@ -1,0 +1,102 @@
+"""The gradient of LayerNorm with LeakyReLU in one pass over x and the gradient of the output.
+
+    h = (x - mean) r,  z = h w + b,  dz = dy (1 where z > 0, slope elsewhere)
+    dx = r (w dz - mean(w dz) - h mean(w dz h))        dw = sum dz h        db = sum dz
+
+x, dy `(P, R, D)` -> dx `(P, R, D)` contiguous, and dw and db `(P, D)`. The statistics of a row are
+found again; sums over rows are added up program by program, in the same order every time.
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import Launch, kernel
+from .norm import ELEMENTS
+from .tiling import Tiling
+
+# For all sets of rows together: enough for every multiprocessor, few enough to add up.
+_PROGRAMS = 512
+
+
+@kernel
+def grad_norm_kernel(
+    x, dy, weight, bias, dx, sums,
+    stride_xp: "i64", stride_xr: "i64", stride_yp: "i64", stride_yr: "i64", rows: "i64",
+    eps: "fp64", slope: "fp64",
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    i_p = tl.program_id(1).to(tl.int64)
+    i_b = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(0)
+    o_d = tl.arange(0, WIDTH)
+    inside = o_d < D
+    b_w = tl.load(weight + i_p * D + o_d, mask=inside, other=0.0).to(ACC)
+    b_b = tl.load(bias + i_p * D + o_d, mask=inside, other=0.0).to(ACC)
+    b_dw = tl.zeros((WIDTH,), ACC)
+    b_db = tl.zeros((WIDTH,), ACC)
+    for first in range(i_b * BLOCK, rows, programs * BLOCK):
+        o_r = first + tl.arange(0, BLOCK)
+        mask = (o_r < rows)[:, None] & inside[None, :]
+        p_x = x + i_p * stride_xp + o_r[:, None] * stride_xr + o_d[None, :]
+        p_dy = dy + i_p * stride_yp + o_r[:, None] * stride_yr + o_d[None, :]
+        b_h = tl.load(p_x, mask=mask, other=0.0).to(ACC)
+        b_dz = tl.load(p_dy, mask=mask, other=0.0).to(ACC)
+        b_h -= (tl.sum(b_h, 1) / D)[:, None]
+        b_h = tl.where(inside[None, :], b_h, 0.0)
+        b_r = 1.0 / tl.sqrt(tl.sum(b_h * b_h, 1) / D + tl.full((), eps, ACC))
+        b_h *= b_r[:, None]
+        b_z = b_h * b_w[None, :] + b_b[None, :]
+        b_dz = tl.where(b_z > 0, b_dz, b_dz * tl.full((), slope, ACC))
+        b_dw += tl.sum(b_dz * b_h, 0)
+        b_db += tl.sum(b_dz, 0)
+        b_dz *= b_w[None, :]
+        b_dx = b_dz - (tl.sum(b_dz, 1) / D)[:, None] - b_h * (tl.sum(b_dz * b_h, 1) / D)[:, None]
+        p_dx = dx + (i_p * rows + o_r[:, None]) * D + o_d[None, :]
+        tl.store(p_dx, (b_dx * b_r[:, None]).to(dx.dtype.element_ty), mask=mask)
+    p_sums = sums + (i_p * programs + i_b) * 2 * D + o_d
+    tl.store(p_sums, b_dw, mask=inside)
+    tl.store(p_sums + D, b_db, mask=inside)
+
+
+@lru_cache(maxsize=1024)
+def plan_grad_norm(
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dy_stride: tuple[int, ...],
+    dtype: torch.dtype,
+    eps: float,
+    slope: float,
+) -> Launch:
+    P, R, D = shape
+    width = triton.next_power_of_2(D)
+    block = max(1, ELEMENTS // width)
+    programs = min(triton.cdiv(R, block), max(1, _PROGRAMS // P))
+    return Launch(
+        grad_norm_kernel,
+        (programs, P),
+        (*stride[:2], *dy_stride[:2], R, eps, slope),
+        {"D": D, "WIDTH": width, "BLOCK": block, "ACC": Tiling.acc(dtype)},
+        {"num_warps": 4, "num_stages": 1},
+    )
+
+
+def launch_grad_norm(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    slope: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx, dw and db. The last dim of x and dy is contiguous, weight and bias are."""
+    P, _, D = x.shape
+    launch = plan_grad_norm(tuple(x.shape), x.stride(), dy.stride(), x.dtype, eps, slope)
+    dx = x.new_empty(x.shape)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    sums = x.new_empty((P, launch.grid[0], 2, D), dtype=wide)
+    launch(x, dy, weight, bias, dx, sums)
+    dw, db = sums.sum(1).to(weight.dtype).unbind(1)
+    return dx, dw, db
