@@ -79,6 +79,17 @@ def offloaded(module: nn.Module) -> bool:
     return any(r is not None and r.get_hook("group_offloading") for r in registries)
 
 
+def hooked(module: nn.Module, *names: str) -> bool:
+    """Whether the module, or one in it, has an attribute of one of these names: a hook."""
+    stack = [module]
+    while stack:
+        state = vars(stack.pop())
+        if any(name in state for name in names):
+            return True
+        stack += [child for child in state["_modules"].values() if child is not None]
+    return False
+
+
 def foreign_hooks(module: nn.Module) -> list[str]:
     """The hooks of diffusers on the module and in it that are not dealt with here."""
     registries = (getattr(child, "_diffusers_hook", None) for child in module.modules())

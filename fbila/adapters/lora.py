@@ -26,6 +26,10 @@ def is_tuner(module: nn.Module | None) -> bool:
     return peft is not None and isinstance(module, peft.BaseTunerLayer)
 
 
+def has_tuner(module: nn.Module) -> bool:
+    return "peft.tuners.tuners_utils" in sys.modules and any(map(is_tuner, module.modules()))
+
+
 def tuners(module: nn.Module) -> dict[str, Any]:
     """The outermost tuner layers in a module, by their path."""
     found: dict[str, Any] = {}

@@ -14,14 +14,19 @@ import torch
 from torch import nn
 
 from .carry import carry, require_carriable
-from .hooks import offloading_put_on_again, placement
+from .hooks import hooked, offloading_put_on_again, placement
+from .lora import has_tuner
+from .processors import carry_processor
 from .report import AdapterError, LayerDrift, SwapReport
+from .shared import require_own_forward, share
 
 _HANDLE = "_fbila_handle"
 
 
 class SwapHandle:
     """The replacement of some modules of one model; made by `swap_modules`.
+
+    As a context manager it is undone at the end of the block.
 
     Attributes:
         model: The model.
@@ -32,7 +37,11 @@ class SwapHandle:
     """
 
     def __init__(
-        self, model: nn.Module, modules: Mapping[str, nn.Module], report: SwapReport
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        report: SwapReport,
+        settings: Mapping[str, Any],
     ) -> None:
         self.model = model
         self.originals = {name: model.get_submodule(name) for name in modules}
@@ -40,6 +49,14 @@ class SwapHandle:
         self.report = report
         self.mounted = False
         self._placed = {name: placement(module) for name, module in self.originals.items()}
+        # Path -> the value that the attribute there has in the other state.
+        self._settings = dict(settings)
+
+    def __enter__(self) -> "SwapHandle":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unmount()
 
     def unmount(self) -> SwapReport:
         """Puts every original back: the same objects, with the weights they had.
@@ -85,7 +102,8 @@ class SwapHandle:
         drifts: list[LayerDrift] = []
 
         def compare(name: str, args: tuple, kwargs: dict, expected: torch.Tensor) -> None:
-            actual = self.modules[name](*args, **kwargs).double()
+            # Not through its hooks, which may be those of the original.
+            actual = self.modules[name].forward(*args, **kwargs).double()
             difference = (actual - expected.double()).norm() / expected.double().norm()
             drifts.append(
                 LayerDrift(
@@ -127,6 +145,8 @@ class SwapHandle:
             model.save_pretrained = guard
 
     def _exchange(self, leaving: Mapping[str, nn.Module], coming: Mapping[str, nn.Module]) -> None:
+        # A block that was pruned meanwhile took its module along.
+        leaving = {name: module for name, module in leaving.items() if _has(self.model, name)}
         for name, module in leaving.items():
             found = self.model.get_submodule(name)
             if found is not module:
@@ -135,26 +155,69 @@ class SwapHandle:
                     f"{name} is now a {kind}, not the module fbila mounted; it was left as it is. "
                     f"Undo {kind} first."
                 )
+        self._replace(leaving, coming)
+        for path, value in self._settings.items():
+            owner, _, attribute = path.rpartition(".")
+            holder = self.model.get_submodule(owner)
+            self._settings[path] = getattr(holder, attribute)
+            setattr(holder, attribute, value)
+
+    def _replace(self, leaving: Mapping[str, nn.Module], coming: Mapping[str, nn.Module]) -> None:
+        """Each module of `leaving`, which is in the model, by that of `coming`; all or none."""
+        if all(share(module, coming[name]) for name, module in leaving.items()):
+            for name, module in leaving.items():
+                require_own_forward(name, module)
+            for name, module in leaving.items():
+                # Not of its children too, which are in the model all the time.
+                coming[name].training = module.training
+                self._take_place(name, module, coming[name])
+            return
+        if self._untouched():
+            for name, module in leaving.items():
+                carry_processor(module, coming[name])
+                self._take_place(name, module, coming[name])
+            return
+        for name, module in leaving.items():
             require_carriable(name, module)
             require_carriable(name, coming[name])
         with offloading_put_on_again(self.model):
             for name, module in leaving.items():
+                # Whatever moved the model meanwhile could not see the module that was outside it.
+                now = placement(module)
+                if now != self._placed[name]:
+                    coming[name].to(device=now[0], dtype=now[1])
+                carry(module, coming[name])
+                self._placed[name] = placement(coming[name])
                 self._take_place(name, module, coming[name])
 
+    def _untouched(self) -> bool:
+        """Whether nothing has been put on the modules, and none has been moved, on either side.
+
+        Found out quickly: `disabled()` is for every step of a training, whose teacher runs in it.
+        """
+        if hooked(self.model, "_diffusers_hook"):
+            return False
+        for modules in (self.originals, self.modules):
+            for name, module in modules.items():
+                if hooked(module, "_hf_hook") or has_tuner(module):
+                    return False
+                parameter = next(module.parameters())
+                if (parameter.device, parameter.dtype) != self._placed[name]:
+                    return False
+        return True
+
     def _take_place(self, name: str, leaving: nn.Module, coming: nn.Module) -> None:
-        # Whatever moved the model meanwhile could not see the module that was outside it.
-        now = placement(leaving)
-        if now != self._placed[name]:
-            coming.to(device=now[0], dtype=now[1])
-        carry(leaving, coming)
-        coming.train(leaving.training)
-        self._placed[name] = placement(coming)
+        if coming.training != leaving.training:
+            coming.train(leaving.training)
         parent, _, child = name.rpartition(".")
         setattr(self.model.get_submodule(parent), child, coming)
 
 
 def swap_modules(
-    model: nn.Module, modules: Mapping[str, nn.Module], report: SwapReport
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    report: SwapReport,
+    settings: Mapping[str, Any] | None = None,
 ) -> SwapHandle:
     """Puts new modules in the place of a model's own, reversibly.
 
@@ -165,6 +228,7 @@ def swap_modules(
         model: The model.
         modules: Path of a module of the model -> what takes its place.
         report: Kept on the handle.
+        settings: Path of an attribute in the model -> its value while they are mounted.
 
     Raises:
         AdapterError: If the model carries a swap already; it has to be undone first.
@@ -174,7 +238,7 @@ def swap_modules(
             f"{type(model).__name__} carries a swap already. Undo it first: "
             "fbila.adapters.unswap(model)."
         )
-    handle = SwapHandle(model, modules, report)
+    handle = SwapHandle(model, modules, report, settings or {})
     handle._mount()
     return handle
 
@@ -199,6 +263,14 @@ def unswap(model: nn.Module) -> SwapReport:
 def unwrap(model: nn.Module) -> nn.Module:
     """The module behind `torch.compile`."""
     return getattr(model, "_orig_mod", model)
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
 
 
 def _save_without_swap(model: Any, *args: Any, **kwargs: Any) -> Any:

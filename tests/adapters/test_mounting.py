@@ -11,7 +11,7 @@ from torch import nn
 from untouched import modules, untouched
 
 from fbila import LinFusion
-from fbila.adapters import AdapterError, get_handle, unswap
+from fbila.adapters import AdapterError, get_handle, swap, unswap
 from fbila.adapters.unet_attention import LinFusionAttention
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1"
@@ -69,6 +69,33 @@ def test_one_linfusion_one_unet(unet):
     other = tiny_models.small_unet()
     with untouched(other), pytest.raises(AdapterError, match="mounted on another UNet"):
         linfusion.mount_to(other)
+
+
+def test_what_nobody_touched_changes_places_quickly(unet, monkeypatch):
+    linfusion = mounted_on(unet)
+    linear = tiny_models.predict(unet)
+    monkeypatch.setattr(swap, "carry", None)  # takes most of the time otherwise
+    for _ in range(2):
+        with linfusion.disabled():
+            unet.train()
+        assert all(layer.training for layer in linfusion.layers)
+        unet.eval()
+    assert torch.equal(tiny_models.predict(unet), linear)
+
+
+@pytest.mark.parametrize("where", ["mounted", "disabled"])
+def test_dtypes_go_over_however_quickly_they_change_places(unet, where):
+    linfusion = mounted_on(unet)
+    if where == "mounted":
+        unet.double()
+    with linfusion.disabled():
+        if where == "disabled":
+            unet.double()
+    dtypes = {p.dtype for p in linfusion.parameters()}
+    assert dtypes == {torch.float64}
+    with linfusion.disabled():
+        dtypes = {p.dtype for p in unet.get_submodule(LAYER).parameters()}
+    assert dtypes == {torch.float64}
 
 
 def test_disabled_is_the_softmax_model(unet):
