@@ -123,8 +123,11 @@ def signature(q: Any, k: Any, v: Any, *options: Any) -> tuple | None:
     # What is not strided has no strides to ask for.
     if not q.layout == k.layout == v.layout == torch.strided:
         return None
+    # Inside autocast only what it would leave as it is.
     if torch._C._is_any_autocast_enabled():
-        return None
+        dtype = torch.get_autocast_dtype(q.device.type)
+        if not q.dtype == k.dtype == v.dtype == dtype:
+            return None
     return (
         q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
         q.device, k.device, v.device, *options,

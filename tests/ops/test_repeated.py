@@ -86,6 +86,21 @@ def test_autocast_still_casts(checked):
                 attend(q, k, v)
 
 
+def test_what_autocast_leaves_alone_is_not_checked_again(checked):
+    low = torch.float16
+    q, k, v, do = make_qkv((1, 2, 5, 7, 4, 6), low)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    expected = torch.autograd.grad(attend(*leaves), leaves, do)
+    # The CPU's own float16 is not what its autocast would choose by itself.
+    with torch.autocast(DEVICE, low):
+        o = attend(*leaves)
+        assert o.dtype == low and len(checked) == 1
+        attend(q.float(), k.float(), v.float())
+        assert len(checked) == 2
+    for x, y in zip(torch.autograd.grad(o, leaves, do), expected, strict=True):
+        assert torch.equal(x, y)
+
+
 def test_what_is_remembered_is_bounded(checked, monkeypatch):
     monkeypatch.setattr(repeated, "MOST", 2)
     q, k, v, _ = make_qkv((1, 1, 6, 2, 2, 2), torch.float32)
