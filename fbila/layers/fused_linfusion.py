@@ -34,7 +34,7 @@ class FusedProjections(nn.Module):
     @torch.no_grad()
     def __init__(self, layer: Any) -> None:
         super().__init__()
-        self.dim = layer.to_v.in_features
+        self.dim, self.heads = layer.to_v.in_features, layer.heads
         pairs = ((layer.to_q, layer.to_q_), (layer.to_k, layer.to_k_))
         self.mid_dim = 0
         if isinstance(layer.to_q_, nn.Identity):
@@ -69,18 +69,34 @@ class FusedProjections(nn.Module):
             parameter.data = view
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(query, key, value), each `(B, N, C)`, of x `(B, N, C)`."""
+        """(query, key, value) of x `(B, N, C)`, each a `(B, H, N, D)` view of a wider tensor."""
         y = F.linear(x, self.weight, self.bias)
-        if not self.mid_dim:
-            return y.chunk(3, -1)
-        rows = y.flatten(0, 1)
-        first, both, _ = rows.split([2 * self.mid_dim, 2 * self.dim, self.dim], -1)
-        first = first.unflatten(1, (2, self.mid_dim)).transpose(0, 1)
-        h = layer_norm_leaky_relu(first, self.norm_weight, self.norm_bias, self.eps, self.slope)
-        both = both.unflatten(1, (2, self.dim)).transpose(0, 1)
-        if self.second.dtype == y.dtype and not torch.compiler.is_compiling():
-            both.baddbmm_(h, self.second)
-            return y[..., 2 * self.mid_dim :].chunk(3, -1)
         # Autocast leaves operations in place as they are, and compilers take them apart.
-        query, key = torch.baddbmm(both, h, self.second).unflatten(1, x.shape[:2])
-        return query, key, y[..., -self.dim :]
+        in_place = self.weight.dtype == y.dtype and not torch.compiler.is_compiling()
+        return self._in_place(y) if in_place else self._elsewhere(y)
+
+    def _in_place(self, y: Tensor) -> tuple[Tensor, ...]:
+        """One call makes a view: at small sizes it is the host's time that counts."""
+        B, N, width = y.shape
+        mid, dim, head_dim = self.mid_dim, self.dim, self.dim // self.heads
+        if mid:
+            first = y.as_strided((2, B * N, mid), (mid, width, 1))
+            both = y.as_strided((2, B * N, dim), (dim, width, 1), 2 * mid)
+            both.baddbmm_(self._normed(first), self.second)
+        size, stride = (B, self.heads, N, head_dim), (N * width, head_dim, width, 1)
+        return tuple(y.as_strided(size, stride, 2 * mid + i * dim) for i in range(3))
+
+    def _elsewhere(self, y: Tensor) -> tuple[Tensor, ...]:
+        mid, dim = self.mid_dim, self.dim
+        first, both, value = y.split([2 * mid, 2 * dim, dim], -1)
+        query, key = both.chunk(2, -1)
+        if mid:
+            first, both = (
+                x.flatten(0, 1).unflatten(1, (2, -1)).transpose(0, 1) for x in (first, both)
+            )
+            both = torch.baddbmm(both, self._normed(first), self.second)
+            query, key = both.unflatten(1, y.shape[:2])
+        return tuple(x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key, value))
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return layer_norm_leaky_relu(x, self.norm_weight, self.norm_bias, self.eps, self.slope)

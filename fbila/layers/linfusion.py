@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import linear_attn, linear_attn_apply, linear_attn_state
+from ..ops.autocast import cast_for_autocast
 from .fused_linfusion import FusedProjections
+from .nonlinear_projection import NonlinearProjection
 
 EPS = 1e-4
 
@@ -62,14 +64,7 @@ def nonlinear_projection(
     """
     if mid_dim == -1:
         return nn.Identity()
-    factory = {"device": device, "dtype": dtype}
-    mid_dim = dim if mid_dim is None else mid_dim
-    return nn.Sequential(
-        nn.Linear(dim, mid_dim, **factory),
-        nn.LayerNorm(mid_dim, **factory),
-        nn.LeakyReLU(inplace=True),
-        nn.Linear(mid_dim, dim, **factory),
-    )
+    return NonlinearProjection(dim, dim if mid_dim is None else mid_dim, device=device, dtype=dtype)
 
 
 class GeneralizedLinearAttention(nn.Module):
@@ -117,19 +112,20 @@ class GeneralizedLinearAttention(nn.Module):
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """Mixes the tokens of `x` `(B, N, C)`; `key_mask` `(B, N)` is False for keys to hide."""
+        # Once, rather than in each of the three layers that read it, which would keep a copy each.
+        (x,) = cast_for_autocast(x)
+        # (B, H, N, D) views, which the op reads in place.
         if self.fused is not None:
-            query, key, value = self.fused(x)
+            q, k, v = self.fused(x)
         else:
-            query = self.to_q(x + self.to_q_(x))
-            key = self.to_k(x + self.to_k_(x))
-            value = self.to_v(x)
-        # (B, N, C) -> (B, H, N, D) views, which the op reads in place.
-        q, k, v = self.heads_of(query), self.heads_of(key), self.heads_of(value)
+            q = self.heads_of(self.to_q(x + self.to_q_(x)))
+            k = self.heads_of(self.to_k(x + self.to_k_(x)))
+            v = self.heads_of(self.to_v(x))
         out = linear_attn(
             q, k, v, feature_map="elu1", eps=EPS, normalizer="mean", key_mask=key_mask
         )
         project, dropout = self.to_out
-        return dropout(project(out.transpose(1, 2).flatten(2)))
+        return dropout(project(out.transpose(1, 2).reshape(x.shape)))
 
     def heads_of(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, H, N, D), a view."""

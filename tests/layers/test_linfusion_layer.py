@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fbila import linear_attn
-from fbila.layers import GeneralizedLinearAttention
+from fbila.layers import GeneralizedLinearAttention, nonlinear_projection
 
 NAMES = [
     "to_q.weight",
@@ -80,6 +80,58 @@ def test_output_and_gradients(mid_dim):
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-10)
+
+
+@pytest.fixture
+def in_kernel(monkeypatch):
+    """Lets the projections compute as they do on a GPU; returns when they asked."""
+    asked, find_out = [], nonlinear_projection._in_kernel
+
+    class OnGPU:
+        """A tensor that says that it is there."""
+
+        is_cuda = True
+
+    monkeypatch.setattr(nonlinear_projection, "ordinary", lambda h: True)
+    monkeypatch.setattr(
+        nonlinear_projection,
+        "_in_kernel",
+        lambda h, *modules: asked.append(find_out(OnGPU, *modules)) or asked[-1],
+    )
+    return asked
+
+
+@pytest.mark.parametrize("mid_dim", [None, 3])
+def test_output_and_gradients_with_one_kernel_for_norm_and_activation(mid_dim, in_kernel):
+    test_output_and_gradients(mid_dim)
+    assert in_kernel == [True, True]
+
+
+def test_hooks_on_the_norm_are_run(in_kernel):
+    layer, seen = GeneralizedLinearAttention(16, 2), []
+    layer.to_q_[1].register_forward_hook(lambda *_: seen.append("q"))
+    layer.to_k_[2].forward = lambda h: seen.append("k") or h
+    layer(torch.randn(1, 5, 16))
+    assert seen == ["q", "k"] and in_kernel == [False, False]
+
+
+def test_under_autocast_the_input_is_kept_once():
+    """Of one dtype and one memory, for the three layers that read it."""
+    layer, kept = GeneralizedLinearAttention(16, 2), []
+
+    def keep(x):
+        kept.append((x.shape, x.dtype, x.data_ptr()))
+        return x
+
+    x = torch.randn(2, 5, 16)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        layer(x.requires_grad_())
+    rows = [found for found in kept if found[0].numel() == x.numel()]
+    inputs = [found for found in rows if found[2] == rows[0][2]]
+    assert len(inputs) == 3 and {dtype for _, dtype, _ in inputs} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("mid_dim", [None, 5, -1])
