@@ -1,0 +1,43 @@
+"""A module of another class over the very parameters, children and hooks of one in a model.
+
+What happens to one of the two happens to the other: moving, casting, training, a LoRA put around a
+projection, a hook. So nothing has to go over when they change places.
+"""
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .report import AdapterError
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def over(original: nn.Module, kind: type[M], **attributes: Any) -> M:
+    """A module of class `kind` that shares what `original` holds, with further attributes."""
+    twin = kind.__new__(kind)
+    vars(twin).update(vars(original), **attributes)
+    return twin
+
+
+def share(one: nn.Module, other: nn.Module) -> bool:
+    """Whether the two hold their parameters and children in common."""
+    return vars(one)["_modules"] is vars(other)["_modules"]
+
+
+def own_forward(module: nn.Module) -> bool:
+    """Whether calling a module runs its class's forward, not one that somebody put on it."""
+    return "forward" not in vars(module)
+
+
+def require_own_forward(name: str, module: nn.Module) -> None:
+    """Refuses a module that a hook of another library would be lost with.
+
+    Raises:
+        AdapterError: If its forward was replaced.
+    """
+    if not own_forward(module):
+        raise AdapterError(
+            f"The forward of {name} was replaced, as accelerate's hooks do, and a module in its "
+            "place would not have that. Remove it first, and put it on again afterwards."
+        )
