@@ -108,20 +108,3 @@ def why_not(model: nn.Module, name: str) -> str:
         ),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
-
-
-def require_match(report: SwapReport) -> None:
-    """Refuses to do nothing.
-
-    Raises:
-        AdapterError: If no module of the report is to be swapped.
-    """
-    if report.swapped:
-        return
-    total = len(report.skipped)
-    counts = ", ".join(f"{count} skipped ({why})" for why, count in report.reasons().items())
-    raise AdapterError(
-        f"No attention module was swapped in {report.model}. {total} were looked at"
-        f"{': ' + counts if counts else ''}. "
-        "Run fbila.adapters.plan(model) to see each reason."
-    )

@@ -16,7 +16,7 @@ class Entry:
     Attributes:
         name: Its path in the model.
         source: Class of the module that the model came with.
-        heads, head_dim: Its shape.
+        heads, head_dim: Its shape; 0 if its class does not say.
         target: Class of the module that takes its place, `""` if it is skipped.
         reason: Why it is skipped, `""` if it is swapped.
     """
@@ -27,6 +27,11 @@ class Entry:
     head_dim: int
     target: str = ""
     reason: str = ""
+
+    @property
+    def shape(self) -> str:
+        """`heads x head_dim`, as it is printed."""
+        return f"{self.heads} x {self.head_dim}" if self.heads else "?"
 
 
 @dataclass(frozen=True)
@@ -73,12 +78,8 @@ class SwapReport:
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {len(self.swapped)} swapped, {len(self.skipped)} skipped"]
-        rows = [
-            (e.name, f"{e.heads} x {e.head_dim}", f"{e.source} -> {e.target}") for e in self.swapped
-        ]
-        rows += [
-            (e.name, f"{e.heads} x {e.head_dim}", f"skipped: {e.reason}") for e in self.skipped
-        ]
+        rows = [(e.name, e.shape, f"{e.source} -> {e.target}") for e in self.swapped]
+        rows += [(e.name, e.shape, f"skipped: {e.reason}") for e in self.skipped]
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
         lines += [f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c}" for a, b, c in rows]
         if self.swapped:
@@ -87,3 +88,26 @@ class SwapReport:
                 f"{self.kept_bytes / 2**20:.0f} MiB"
             )
         return "\n".join(lines)
+
+
+def require_match(report: SwapReport, plan: str = "fbila.adapters.plan") -> None:
+    """Refuses to do nothing.
+
+    Args:
+        report: What would be swapped.
+        plan: The function that made it, for the words of the error.
+
+    Raises:
+        AdapterError: If no module of the report is to be swapped.
+    """
+    if report.swapped:
+        return
+    first = {entry.reason: entry.name for entry in reversed(report.skipped)}
+    counts = ", ".join(
+        f"{count} skipped ({why}; for example {first[why]})"
+        for why, count in report.reasons().items()
+    )
+    raise AdapterError(
+        f"No attention module was swapped in {report.model}. {len(report.skipped)} were looked at"
+        f"{': ' + counts if counts else ''}. Run {plan}(model) to see each reason."
+    )

@@ -35,7 +35,9 @@ def test_nothing_to_swap():
     there = modules(pixart)
     message = (
         "No attention module was swapped in PixArtTransformer2DModel. 4 were looked at: "
-        "2 skipped (the bias of its projections would be lost), 2 skipped (cross-attention). "
+        "2 skipped (the bias of its projections would be lost; for example "
+        "transformer_blocks.0.attn1), 2 skipped (cross-attention; for example "
+        "transformer_blocks.0.attn2). "
         "Run fbila.adapters.plan(model) to see each reason."
     )
     for target in (pixart, Pipeline(unet=None, transformer=pixart)):
