@@ -20,7 +20,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from models import TINY, first_line, load_linfusion, load_pipeline
+from models import TINY, load_linfusion, load_pipeline, require_device
 
 try:
     import diffusers
@@ -191,10 +191,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args.linfusion = args.linfusion or args.model / "linfusion"
     args.work = args.work or args.output / "pictures"
     args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "fp16")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise SystemExit(f"--device {args.device}: {first_line(error)}") from error
+    require_device(args.device)
     if not args.reader_check:
         if not (args.model / "model_index.json").is_file():
             raise SystemExit(f"--model {args.model} is no folder of a diffusers pipeline.")

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from models import TINY, first_line, load_linfusion, load_pipeline
+from models import TINY, load_linfusion, load_pipeline, require_device
 
 try:
     import psutil
@@ -195,10 +195,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if args.steps < 2:
         parser.error(f"--steps must be at least 2 to measure a step, got {args.steps}")
     args.prompt = args.prompt or (TINY_PROMPTS if tiny else PROMPTS)
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise SystemExit(f"--device {args.device}: {first_line(error)}") from error
+    require_device(args.device)
     on_cpu = torch.device(args.device).type == "cpu"
     args.dtype = getattr(torch, args.dtype or ("float32" if on_cpu else "float16"))
     return args

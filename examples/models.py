@@ -1,4 +1,4 @@
-"""Loading pipelines for the examples; what cannot be loaded ends in one line, not a traceback."""
+"""Loading pipelines for the examples; what is not to be had ends in one line, not a traceback."""
 
 import warnings
 from pathlib import Path
@@ -84,6 +84,18 @@ def on_hub(name: str) -> bool:
     except Exception:
         return False
     return True
+
+
+def require_device(name: str) -> None:
+    """Looks whether PyTorch has a device.
+
+    Raises:
+        SystemExit: With one line, if it has not.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"--device {name}: {first_line(error)}") from error
 
 
 def quiet() -> None:
