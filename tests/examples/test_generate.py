@@ -136,7 +136,7 @@ def test_a_model_that_cannot_be_fetched():
     assert "fbila-tests/no-such-model" in last and "Traceback" not in ended.stderr
 
 
-@pytest.mark.parametrize("script", ["generate", "distill"])
+@pytest.mark.parametrize("script", ["generate", "high_resolution", "distill"])
 def test_a_missing_extra(script):
     code = (
         "import sys, runpy; sys.modules['diffusers'] = None; "
