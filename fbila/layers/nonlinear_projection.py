@@ -46,14 +46,17 @@ class NonlinearProjection(nn.Sequential):
 
 
 def _in_kernel(h: Tensor, norm: nn.Module, activation: nn.Module) -> bool:
-    return h.is_cuda and ordinary(h) and _untouched(norm) and _untouched(activation)
+    return h.is_cuda and ordinary(h) and untouched(norm) and untouched(activation)
 
 
-def _untouched(module: nn.Module) -> bool:
-    """Whether to call a module is to run its class's forward and nothing else."""
+def untouched(module: nn.Module) -> bool:
+    """Whether to call a module is to run the forward of the class it was made of, and no more."""
     state = vars(module)
     return (
-        type(module) in (nn.LayerNorm, nn.LeakyReLU)
+        type(module) in _CLASSES
         and "forward" not in state
         and not any(state[hooks] for hooks in _HOOKS)
     )
+
+
+_CLASSES = (nn.Linear, nn.LayerNorm, nn.LeakyReLU, nn.Dropout, NonlinearProjection)

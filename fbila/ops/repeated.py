@@ -138,6 +138,23 @@ def recall(call: tuple | None) -> Known | None:
     return None if call is None else _PASSED.get(call)
 
 
+def known_call(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    feature_map: str,
+    normalizer: str,
+    eps: float,
+) -> Known:
+    """The passes of `linear_attn` on such tensors, for a caller who knows that they are right."""
+    call = signature(q, k, v, feature_map, normalizer, eps, "triton")
+    known = recall(call)
+    if known is None:
+        known = Known(feature_map, normalizer, 1.0, eps)
+        remember(call, known)
+    return known
+
+
 def remember(call: tuple | None, known: Known) -> None:
     if call is not None and len(_PASSED) < MOST:
         _PASSED[call] = known
