@@ -48,7 +48,9 @@ class SwapHandle:
         self.modules = dict(modules)
         self.report = report
         self.mounted = False
-        self._placed = {name: placement(module) for name, module in self.originals.items()}
+        both = (*self.originals.values(), *self.modules.values())
+        self._placed = {module: placement(module) for module in both}
+        self._own_dtype = self._find_own_dtype()
         # Path -> the value that the attribute there has in the other state.
         self._settings = dict(settings)
 
@@ -180,15 +182,26 @@ class SwapHandle:
         for name, module in leaving.items():
             require_carriable(name, module)
             require_carriable(name, coming[name])
+        own_dtype = self._find_own_dtype()
         with offloading_put_on_again(self.model):
             for name, module in leaving.items():
                 # Whatever moved the model meanwhile could not see the module that was outside it.
-                now = placement(module)
-                if now != self._placed[name]:
-                    coming[name].to(device=now[0], dtype=now[1])
+                device, dtype = placement(module)
+                moved = device != self._placed[module][0]
+                # But the new modules alone may have been cast, as to float32 to be trained.
+                alone = own_dtype is not None and own_dtype == self._own_dtype
+                cast = dtype != self._placed[module][1] and not alone
+                coming[name].to(device if moved else None, dtype if cast else None)
                 carry(module, coming[name])
-                self._placed[name] = placement(coming[name])
+                for either in (module, coming[name]):
+                    self._placed[either] = placement(either)
                 self._take_place(name, module, coming[name])
+        self._own_dtype = own_dtype
+
+    def _find_own_dtype(self) -> torch.dtype | None:
+        """Of the first parameter of the model that is in none of the modules."""
+        inside = {id(p) for module in self._placed for p in module.parameters()}
+        return next((p.dtype for p in self.model.parameters() if id(p) not in inside), None)
 
     def _untouched(self) -> bool:
         """Whether nothing has been put on the modules, and none has been moved, on either side.
@@ -197,13 +210,12 @@ class SwapHandle:
         """
         if hooked(self.model, "_diffusers_hook"):
             return False
-        for modules in (self.originals, self.modules):
-            for name, module in modules.items():
-                if hooked(module, "_hf_hook") or has_tuner(module):
-                    return False
-                parameter = next(module.parameters())
-                if (parameter.device, parameter.dtype) != self._placed[name]:
-                    return False
+        for module, placed in self._placed.items():
+            if hooked(module, "_hf_hook") or has_tuner(module):
+                return False
+            parameter = next(module.parameters())
+            if (parameter.device, parameter.dtype) != placed:
+                return False
         return True
 
     def _take_place(self, name: str, leaving: nn.Module, coming: nn.Module) -> None:

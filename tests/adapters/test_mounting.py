@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import tiny_models
@@ -96,6 +97,23 @@ def test_dtypes_go_over_however_quickly_they_change_places(unet, where):
     with linfusion.disabled():
         dtypes = {p.dtype for p in unet.get_submodule(LAYER).parameters()}
     assert dtypes == {torch.float64}
+
+
+@pytest.mark.parametrize("when", ["mounted", "disabled"])
+def test_linfusion_may_be_wider_than_the_unet(unet, when):
+    """As it is trained: float32 weights in a frozen UNet of 16 bits."""
+    unet.bfloat16()
+    linfusion = mounted_on(unet)
+    with linfusion.disabled() if when == "disabled" else nullcontext():
+        linfusion.float()
+    for _ in range(2):
+        with linfusion.disabled():
+            assert {p.dtype for p in unet.parameters()} == {torch.bfloat16}
+        assert {p.dtype for p in linfusion.parameters()} == {torch.float32}
+    unet.half()
+    with linfusion.disabled():
+        assert {p.dtype for p in unet.parameters()} == {torch.float16}
+    assert {p.dtype for p in unet.parameters()} == {torch.float16}
 
 
 def test_disabled_is_the_softmax_model(unet):
