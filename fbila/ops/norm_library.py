@@ -1,8 +1,11 @@
-"""LayerNorm followed by LeakyReLU as a torch.library op.
+"""LayerNorm, alone or followed by LeakyReLU, as torch.library ops.
 
 `fbila::layer_norm_leaky_relu`: x `(P, R, D)`, weight and bias `(P, D)` -> `(P, R, D)`. Each of P
 sets of rows is normalised over D and has its own weight and bias, which may be wider than x. For
 the gradient x alone is kept. A kernel on CUDA, PyTorch elsewhere.
+
+`fbila::layer_norm`: x `(..., D)`, weight and bias `(D,)` or None -> `(..., D)`, for inference, by
+the same kernel.
 """
 
 import torch
@@ -10,9 +13,11 @@ import torch.nn.functional as F
 
 from .autograd import ordinary, refuse_second_derivative
 from .library import LIBRARY, sum_dtype
+from .memory_format import beside
 
 _ARGUMENTS = "Tensor x, Tensor weight, Tensor bias, float eps, float slope"
 LIBRARY.define(f"layer_norm_leaky_relu({_ARGUMENTS}) -> Tensor")
+LIBRARY.define("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor")
 LIBRARY.define(
     f"layer_norm_leaky_relu_backward(Tensor dy, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
 )
@@ -34,6 +39,22 @@ def in_pytorch(x, weight, bias, eps, slope):
     return F.leaky_relu(normed * weight[:, None].to(wide) + bias[:, None].to(wide), slope).to(
         x.dtype
     )
+
+
+def plain_in_kernel(x, weight, bias, eps):
+    from .kernels.norm import plan_layer_norm
+
+    weight, bias = beside(x, x.shape[-1:], weight, bias)
+    y = x.new_empty(x.shape)
+    if y.numel():
+        plan_layer_norm(x.shape, x.dtype, eps)(x.contiguous(), weight, bias, y)
+    return y
+
+
+def plain_in_pytorch(x, weight, bias, eps):
+    wide = sum_dtype(x)
+    weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
+    return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
 def backward_in_kernel(dy, x, weight, bias, eps, slope):
@@ -92,6 +113,15 @@ LIBRARY.impl("layer_norm_leaky_relu_backward", backward_in_pytorch, "CPU")
 refuse_second_derivative("layer_norm_leaky_relu_backward", "layer_norm_leaky_relu")
 
 
+LIBRARY.impl("layer_norm", plain_in_kernel, "CUDA")
+LIBRARY.impl("layer_norm", plain_in_pytorch, "CPU")
+
+
+@torch.library.register_fake("fbila::layer_norm", lib=LIBRARY)
+def _(x, weight, bias, eps):
+    return x.new_empty(x.shape)
+
+
 @torch.library.register_fake("fbila::layer_norm_leaky_relu", lib=LIBRARY)
 def _(x, weight, bias, eps, slope):
     return x.new_empty(x.shape)
@@ -111,3 +141,11 @@ def layer_norm_leaky_relu(
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
         return LayerNormLeakyReLU.apply(x, weight, bias, eps, slope)
     return in_kernel(x, weight, bias, eps, slope)
+
+
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """`fbila::layer_norm`, straight away where nothing stands in between."""
+    run = plain_in_kernel if direct(x) else torch.ops.fbila.layer_norm
+    return run(x, weight, bias, eps)

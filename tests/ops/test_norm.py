@@ -1,4 +1,4 @@
-"""LayerNorm with LeakyReLU in one kernel, against PyTorch in float64."""
+"""LayerNorm, alone or with LeakyReLU, in one kernel, against PyTorch in float64."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from helpers import DEVICE, DTYPES
 
 from fbila.ops.kernels.norm import launch_norm
 from fbila.ops.kernels.norm_backward import launch_grad_norm
-from fbila.ops.norm_library import layer_norm_leaky_relu
+from fbila.ops.norm_library import layer_norm, layer_norm_leaky_relu, plain_in_kernel
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
@@ -94,3 +94,45 @@ def test_opcheck():
     torch.library.opcheck(op, (x, weight, weight, 1e-5, 0.01))
     backward = torch.ops.fbila.layer_norm_leaky_relu_backward.default
     torch.library.opcheck(backward, (x.detach(), x.detach(), weight, weight, 1e-5, 0.01))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(2, 33, 64), (1, 3), (7, 30), (3, 2, 2, 320)], ids=str)
+@pytest.mark.parametrize("affine", ["weight and bias", "weight", ""])
+@pytest.mark.parametrize("function", [plain_in_kernel, layer_norm])
+def test_without_an_activation(function, shape, affine, dtype):
+    torch.manual_seed(0)
+    x = (3 + 2 * torch.randn(shape, dtype=torch.float64, device=DEVICE)).to(dtype)
+    weight, bias = torch.randn(2, shape[-1], dtype=torch.float64, device=DEVICE).to(dtype)
+    weight, bias = (t if name in affine else None for name, t in (("w", weight), ("b", bias)))
+    actual = function(x, weight, bias, 1e-5)
+    assert actual.is_contiguous() and actual.dtype == dtype
+    wide = (None if t is None else t.double() for t in (weight, bias))
+    expected = F.layer_norm(x.double(), shape[-1:], *wide, 1e-5)
+    bound = 2 * torch.finfo(dtype).eps * (expected.abs().max() + 1)
+    assert (actual.double() - expected).abs().max() <= bound * (1 if dtype.itemsize == 2 else 8)
+
+
+def test_without_an_activation_strides_and_nothing():
+    x = torch.randn(6, 5, 16, device=DEVICE)[::2]
+    assert torch.equal(
+        plain_in_kernel(x, None, None, 1e-5), plain_in_kernel(x.contiguous(), None, None, 1e-5)
+    )
+    assert plain_in_kernel(x[:0], None, None, 1e-5).shape == (0, 5, 16)
+
+
+def test_without_an_activation_opcheck_and_errors():
+    x, weight = torch.randn(2, 5, 16, device=DEVICE), torch.randn(16, device=DEVICE)
+    op = torch.ops.fbila.layer_norm.default
+    torch.library.opcheck(op, (x, weight, weight, 1e-5))
+    torch.library.opcheck(op, (x, None, None, 1e-5))
+    with pytest.raises(ValueError, match=r"shape \[16\] .* got \[15\]"):
+        plain_in_kernel(x, weight[1:], None, 1e-5)
+
+
+def test_a_launch_is_for_one_dtype_of_weights():
+    from fbila.ops.kernels.norm import plan_norm
+
+    call = (2, 5, 16), (80, 16, 1), torch.bfloat16
+    plans = {plan_norm(*call, kept, 1e-5, 0.01) for kept in (torch.bfloat16, torch.float32)}
+    assert len(plans) == 2

@@ -1,8 +1,10 @@
 """LayerNorm and LeakyReLU in one pass, for several sets of rows that have weights of their own.
 
-x `(P, R, D)` -> o `(P, R, D)` contiguous, with weight and bias `(P, D)`.
+x `(P, R, D)` -> o `(P, R, D)` contiguous, with weight and bias `(P, D)`, or None for 1 and 0. A
+slope of 1 is no activation.
 """
 
+import math
 from functools import lru_cache
 
 import torch
@@ -20,24 +22,25 @@ ELEMENTS = 2048
 def norm_kernel(
     x, weight, bias, o,
     stride_xp: "i64", stride_xr: "i64", rows: "i64", eps: "fp64", slope: "fp64",
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     i_p = tl.program_id(1).to(tl.int64)
     o_r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     o_d = tl.arange(0, WIDTH)
     inside = o_d < D
     mask = (o_r < rows)[:, None] & inside[None, :]
-    b_x = tl.load(
-        x + i_p * stride_xp + o_r[:, None] * stride_xr + o_d[None, :], mask=mask, other=0.0
-    )
-    b_x = b_x.to(ACC)
+    # Strides are in units, which proves the alignment that 16-byte loads need.
+    p_x = x + i_p * (stride_xp * UNIT) + o_r[:, None] * (stride_xr * UNIT) + o_d[None, :]
+    b_x = tl.load(p_x, mask=mask, other=0.0).to(ACC)
     b_x -= (tl.sum(b_x, 1) / D)[:, None]
     b_x = tl.where(inside[None, :], b_x, 0.0)
     variance = tl.sum(b_x * b_x, 1) / D
     b_x *= (1.0 / tl.sqrt(variance + tl.full((), eps, ACC)))[:, None]
-    b_w = tl.load(weight + i_p * D + o_d, mask=inside, other=0.0).to(ACC)
-    b_b = tl.load(bias + i_p * D + o_d, mask=inside, other=0.0).to(ACC)
-    b_x = b_x * b_w[None, :] + b_b[None, :]
+    if weight is not None:
+        b_x *= tl.load(weight + i_p * D + o_d, mask=inside, other=0.0).to(ACC)[None, :]
+    if bias is not None:
+        b_x += tl.load(bias + i_p * D + o_d, mask=inside, other=0.0).to(ACC)[None, :]
     b_x = tl.where(b_x < 0, b_x * tl.full((), slope, ACC), b_x)
     p_o = o + (i_p * rows + o_r[:, None]) * D + o_d[None, :]
     tl.store(p_o, b_x.to(o.dtype.element_ty), mask=mask)
@@ -45,16 +48,25 @@ def norm_kernel(
 
 @lru_cache(maxsize=1024)
 def plan_norm(
-    shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, eps: float, slope: float
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    eps: float,
+    slope: float,
 ) -> Launch:
+    """weight_dtype: what the kernel is compiled for as well, so that launches differ by it."""
     P, R, D = shape
     width = triton.next_power_of_2(D)
     block = max(1, ELEMENTS // width)
+    # An axis of length 1 is never stepped along.
+    steps = [s if n > 1 else 0 for s, n in zip(stride[:2], shape, strict=False)]
+    unit = math.gcd(16 // dtype.itemsize, *steps)
     return Launch(
         norm_kernel,
         (triton.cdiv(R, block), P),
-        (stride[0], stride[1], R, eps, slope),
-        {"D": D, "WIDTH": width, "BLOCK": block, "ACC": Tiling.acc(dtype)},
+        (steps[0] // unit, steps[1] // unit, R, eps, slope),
+        {"D": D, "WIDTH": width, "BLOCK": block, "UNIT": unit, "ACC": Tiling.acc(dtype)},
         {"num_warps": 4, "num_stages": 1},
     )
 
@@ -62,7 +74,15 @@ def plan_norm(
 def launch_norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, slope: float
 ) -> torch.Tensor:
-    """The head dim of x is contiguous, weight and bias are."""
+    """The last axis of x is contiguous, weight and bias are."""
     o = x.new_empty(x.shape)
-    plan_norm(tuple(x.shape), x.stride(), x.dtype, eps, slope)(x, weight, bias, o)
+    plan = plan_norm(tuple(x.shape), x.stride(), x.dtype, weight.dtype, eps, slope)
+    plan(x, weight, bias, o)
     return o
+
+
+@lru_cache(maxsize=1024)
+def plan_layer_norm(shape: tuple[int, ...], dtype: torch.dtype, eps: float) -> Launch:
+    """For contiguous x `(..., D)` and weights of one dtype, without an activation."""
+    D = shape[-1]
+    return plan_norm((1, math.prod(shape[:-1]), D), (0, D, 1), dtype, dtype, eps, 1.0)

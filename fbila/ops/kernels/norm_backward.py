@@ -67,9 +67,11 @@ def plan_grad_norm(
     stride: tuple[int, ...],
     dy_stride: tuple[int, ...],
     dtype: torch.dtype,
+    weight_dtype: torch.dtype,
     eps: float,
     slope: float,
 ) -> Launch:
+    """weight_dtype: as in `norm.plan_norm`."""
     P, R, D = shape
     width = triton.next_power_of_2(D)
     block = max(1, ELEMENTS // width)
@@ -93,7 +95,9 @@ def launch_grad_norm(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dx, dw and db. The last dim of x and dy is contiguous, weight and bias are."""
     P, _, D = x.shape
-    launch = plan_grad_norm(tuple(x.shape), x.stride(), dy.stride(), x.dtype, eps, slope)
+    launch = plan_grad_norm(
+        tuple(x.shape), x.stride(), dy.stride(), x.dtype, weight.dtype, eps, slope
+    )
     dx = x.new_empty(x.shape)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     sums = x.new_empty((P, launch.grid[0], 2, D), dtype=wide)
