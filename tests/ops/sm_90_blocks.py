@@ -1,0 +1,74 @@
+"""As `sm_90.py`, of the kernels around attention: norms, activations and sums of residual blocks.
+
+A script that prints, for each kernel of each case, the bytes of each access by tensor, and what the
+kernel takes of a multiprocessor.
+"""
+
+import json
+
+import torch
+from sm_90 import Arguments, accesses, compile_sm_90, resources
+
+from fbila.ops import add_bias_library, geglu_library, group_norm_library, norm_library
+from fbila.ops.kernels.launch import Launch
+
+FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def planes(*shape: int, last: str = "nchw") -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16).contiguous(memory_format=FORMATS[last])
+
+
+def calls():
+    """(name, function without arguments) for the widths of Stable Diffusion."""
+    for last in FORMATS:
+        for C, side in ((320, 128), (640, 32), (2560, 16)):
+            x, channel = planes(2, C, side, side, last=last), planes(C)
+            options = (planes(2, C), channel, channel, channel, 32, 1e-5, True)
+            for name, last_y in (("", False), (" to channels_last", True)):
+                yield (
+                    f"group_norm {C} {side} {last}{name}",
+                    lambda x=x, options=options, last_y=last_y: group_norm_library.in_kernel(
+                        x, *options, last_y
+                    ),
+                )
+            for other in FORMATS:
+                residual = planes(2, C, side, side, last=other)
+                yield (
+                    f"add_bias {C} {side} {last} {other}",
+                    lambda x=x, residual=residual, channel=channel: add_bias_library.in_kernel(
+                        x, residual, channel, channel
+                    ),
+                )
+    for D in (320, 640, 1280):
+        x, channel = planes(2, 256, D), planes(D)
+        yield f"geglu {D}", lambda x=x: geglu_library.in_kernel(x)
+        yield (
+            f"layer_norm {D}",
+            lambda x=x, channel=channel: norm_library.plain_in_kernel(x, channel, channel, 1e-5),
+        )
+
+
+def main() -> None:
+    recorded: list[tuple] = []
+    Launch.__call__ = lambda launch, *tensors: recorded.append((launch, tensors))
+    found: dict[str, dict] = {}
+    compiled: dict[str, dict] = {}
+    for name, call in calls():
+        recorded.clear()
+        call()
+        for launch, tensors in recorded:
+            arguments = Arguments.of(launch, tensors)
+            key = repr((launch.kernel.__name__, arguments, launch.options))
+            if key not in compiled:
+                binary = compile_sm_90(launch, arguments)
+                compiled[key] = {
+                    "accesses": accesses(binary.asm["ptx"], arguments.pointers),
+                    **resources(binary.asm["cubin"]),
+                }
+            found[f"{name}: {launch.kernel.__name__}"] = compiled[key]
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The kernels around attention as they are compiled for a Hopper GPU: wide accesses, no spills."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+try:
+    from . import sm_90
+except ImportError as missing:
+    pytest.skip(f"this Triton cannot compile for sm_90: {missing}", allow_module_level=True)
+
+# What has a number for every channel at every position.
+LARGE = ("x", "residual", "y", "o")
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """What `sm_90_blocks.py` prints. A process of its own, see there."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("TRITON_INTERPRET", None)
+    script = Path(sm_90.__file__).with_name("sm_90_blocks.py")
+    process = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env=environment
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+def test_all_kernels_are_seen(kernels):
+    assert {name.split(": ")[1] for name in kernels} == {
+        "group_statistics_kernel", "group_merge_kernel", "group_apply_kernel",
+        "short_group_norm_kernel", "add_bias_kernel", "geglu_kernel", "norm_kernel",
+    }  # fmt: skip
+
+
+def test_large_tensors_are_moved_16_bytes_at_a_time(kernels):
+    for name, kernel in kernels.items():
+        for tensor in set(LARGE) & set(kernel["accesses"]):
+            # A group of 20 channels in channels_last is 40 bytes.
+            narrow = "group_norm 640" in name and "short" in name and "channels_last" in name
+            allowed = {8, 16} if narrow else {16}
+            sizes = kernel["accesses"][tensor]
+            assert sizes and set(sizes) <= allowed, f"{name}: {tensor} by {sizes} bytes"
+
+
+def test_nothing_is_spilled(kernels):
+    for name, kernel in kernels.items():
+        assert kernel.get("stack", 0) == 0, name
