@@ -105,12 +105,18 @@ def make_layer(
             factory.
 
     Raises:
-        AdapterError: If no module comes out, or one that cannot take the rotary embedding.
+        AdapterError: If no module comes out, or one without parameters, or one that cannot take
+            the rotary embedding.
     """
     layer = _construct(spec, make) if isinstance(make, type) else make(spec)
     if not isinstance(layer, nn.Module):
         raise AdapterError(
             f"attention must make an nn.Module, got {type(layer).__name__} for {spec.name}."
+        )
+    if next(layer.parameters(), None) is None:
+        raise AdapterError(
+            f"attention made a {type(layer).__name__} without parameters for {spec.name}, which "
+            "could not be told where the model is moved to."
         )
     own = OwnLayer(layer, spec.name)
     if spec.rope and "rope" not in own._takes:

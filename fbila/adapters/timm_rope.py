@@ -87,10 +87,14 @@ def _rotate_outside(
     M = k.shape[2]
     wide = torch.promote_types(v.dtype, torch.float32)
     phi_q, phi_k = (FEATURE_MAPS[feature_map](x.to(wide)) for x in (q, k))
-    there = phi_k.new_ones(1, 1, M, 1) if key_mask is None else key_mask[:, None, :, None]
     weighed = phi_k if key_weight is None else phi_k * key_weight[:, None, :, None]
-    count = there.sum(2, keepdim=True).clamp(min=1)
-    key_mean = torch.where(there.bool(), weighed, 0).sum(2, keepdim=True) / count
+    count = phi_k.new_full((1, 1, 1, 1), M)
+    if key_mask is not None:
+        there = key_mask[:, None, :, None]
+        # Selected, not multiplied: what is not there may be NaN.
+        weighed = torch.where(there, weighed, 0)
+        count = there.sum(2, keepdim=True, dtype=wide).clamp(min=1)
+    key_mean = weighed.sum(2, keepdim=True) / count
     key_mean = key_mean.repeat_interleave(q.shape[1] // k.shape[1], 1)
     denominator = (phi_q * key_mean).sum(-1, keepdim=True) + EPS
     numerator = simple_la(
