@@ -8,6 +8,7 @@ Parameters and their names are timm's, so that its weights load with `strict=Tru
 scale: that of softmax sets how sharp it is, which here the feature map does.
 """
 
+import inspect
 import logging
 from typing import Any
 
@@ -21,8 +22,13 @@ from .timm_masks import as_key_mask, refuse_causal
 from .timm_rope import as_rotary, attend
 
 with host("timm"):
+    import timm
     from timm.layers import Attention, AttentionRope, register_notrace_module
     from timm.models.eva import EvaAttention
+
+    # Told like a timm that is broken, since the same command mends it.
+    if "num_kv_heads" not in inspect.signature(AttentionRope).parameters:
+        raise ImportError(f"timm {timm.__version__} is older than 1.0.31")
 
 logger = logging.getLogger(__name__)
 

@@ -210,6 +210,21 @@ def test_without_timm():
     )
 
 
+def test_with_an_old_timm():
+    code = (
+        "import timm, timm.layers\n"
+        "class Old(timm.layers.AttentionRope):\n"
+        "    def __init__(self, dim): pass\n"
+        "timm.__version__, timm.layers.AttentionRope = '1.0.20', Old\n"
+        "import fbila.adapters.timm"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.stderr.splitlines()[-1] == (
+        "ImportError: timm could not be imported (timm 1.0.20 is older than 1.0.31). Run: pip "
+        "install fbila[timm]"
+    )
+
+
 def test_diffusers_is_not_needed():
     code = (
         "import sys; sys.modules['diffusers'] = None; import timm, fbila.adapters.timm as adapter; "

@@ -1,6 +1,7 @@
 """timm's backbones become linear and softmax again, bit for bit, and stay usable in between."""
 
 import copy
+import doctest
 import pickle
 
 import backbones
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 from untouched import modules
 
-from fbila.adapters import AdapterError, get_handle, unswap
+from fbila.adapters import AdapterError, get_handle, timm_attention, unswap
+from fbila.adapters import timm as adapter
 from fbila.adapters.timm import LinearAttention, plan, swap
 from fbila.adapters.timm_attention import LINEAR
 
@@ -27,6 +29,12 @@ def model(request):
 @torch.no_grad()
 def predict(model, x=None):
     return model(backbones.picture() if x is None else x)
+
+
+@pytest.mark.parametrize("module", [adapter, timm_attention], ids=lambda m: m.__name__)
+def test_examples_in_docstrings(module):
+    failed, tried = doctest.testmod(module)
+    assert tried > failed == 0
 
 
 @each
