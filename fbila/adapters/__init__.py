@@ -10,6 +10,7 @@ from .report import AdapterError, Entry, LayerDrift, SwapReport
 from .swap import SwapHandle, get_handle, unswap
 
 if TYPE_CHECKING:
+    from .blocks import fused_blocks
     from .diffusers import plan
     from .linfusion import LinFusion
     from .memory import low_memory
@@ -21,6 +22,7 @@ __all__ = [
     "LinFusion",
     "SwapHandle",
     "SwapReport",
+    "fused_blocks",
     "get_handle",
     "low_memory",
     "plan",
@@ -33,6 +35,10 @@ def __getattr__(name: str) -> Any:
         from .linfusion import LinFusion
 
         return LinFusion
+    if name == "fused_blocks":
+        from .blocks import fused_blocks
+
+        return fused_blocks
     if name == "low_memory":
         from .memory import low_memory
 

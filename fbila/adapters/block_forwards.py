@@ -1,0 +1,225 @@
+"""The blocks of a Stable Diffusion UNet by kernels of fbila's: see `blocks.py`.
+
+Each class is one of diffusers' or PyTorch's with another forward and nothing else, so that a module
+changes from one to the other and back by its `__class__`. What a kernel does not serve runs the
+stock forward: training, autocast, tracing and compiling, other devices and dtypes.
+
+Convolutions leave their bias to whatever reads their result next.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.add_bias_library import add_bias
+from ..ops.geglu_library import geglu
+from ..ops.group_norm_library import group_norm
+from ..ops.norm_library import layer_norm
+from .host import host
+
+with host("diffusers"):
+    from diffusers.models.activations import GEGLU
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def has_kernels(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def serves(module: nn.Module, x: Any) -> bool:
+    """Whether the kernels stand for the module's stock forward on x."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if type(x) is not Tensor or not has_kernels(x):
+        return False
+    if torch.is_grad_enabled() and (
+        x.requires_grad or any(p.requires_grad for p in module.parameters())
+    ):
+        return False
+    return x.dtype in _DTYPES and x.numel() > 0 and not torch._C._is_any_autocast_enabled()
+
+
+def plain(module: nn.Module, kind: type) -> bool:
+    """Whether calling the module does what its class says and nothing else."""
+    own = module.__dict__
+    return (
+        type(module) is kind
+        and "forward" not in own
+        and not own["_forward_hooks"]
+        and not own["_forward_pre_hooks"]
+    )
+
+
+def plain_norm(norm: Any, kind: type, x: Tensor) -> bool:
+    """Whether it is a norm like this with weights that the kernels take."""
+    return (
+        plain(norm, kind)
+        and norm.weight is not None
+        and norm.bias is not None
+        and norm.weight.dtype == x.dtype
+        and norm.weight.device == x.device
+    )
+
+
+def convolve(conv: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """conv(x) without its bias, and the bias; with it, and None, where others act on `conv`."""
+    if not plain(conv, nn.Conv2d):
+        return conv(x), None
+    return conv._conv_forward(x, conv.weight, None), conv.bias
+
+
+def pointwise(conv: Any) -> bool:
+    """Whether it is a plain 1 x 1 convolution, which is a linear map of every position."""
+    return (
+        plain(conv, nn.Conv2d)
+        and conv.kernel_size == conv.stride == (1, 1)
+        and conv.padding == (0, 0)
+        and conv.groups == 1
+        and type(conv.weight) is nn.Parameter
+    )
+
+
+class FusedResnetBlock2D(ResnetBlock2D):
+    """Each norm with SiLU and what is added in front of it, and the end of the block."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not self._serves(input_tensor, temb):
+            return ResnetBlock2D.forward(self, input_tensor, temb, *args, **kwargs)
+        norm1, norm2 = self.norm1, self.norm2
+        hidden = group_norm(
+            input_tensor, None, None, norm1.weight, norm1.bias, norm1.num_groups, norm1.eps, True
+        )
+        hidden, bias = convolve(self.conv1, hidden)
+        shift = None
+        if self.time_emb_proj is not None:
+            shift = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+        hidden = group_norm(
+            hidden, shift, bias, norm2.weight, norm2.bias, norm2.num_groups, norm2.eps, True
+        )
+        hidden, bias = convolve(self.conv2, hidden)
+        residual, residual_bias = input_tensor, None
+        if self.conv_shortcut is not None:
+            residual, residual_bias = convolve(self.conv_shortcut, input_tensor)
+        return add_bias(hidden, residual, bias, residual_bias)
+
+    def _serves(self, x: Tensor, temb: Any) -> bool:
+        return (
+            # A hook may have kept this forward beyond the module's time in this class.
+            isinstance(self, FusedResnetBlock2D)
+            and serves(self, x)
+            and plain_norm(self.norm1, nn.GroupNorm, x)
+            and plain_norm(self.norm2, nn.GroupNorm, x)
+            and plain(self.nonlinearity, nn.SiLU)
+            and not (self.training and self.dropout.p)
+            and (temb is None) == (self.time_emb_proj is None)
+            and (temb is None or temb.ndim == 2)
+        )
+
+    @staticmethod
+    def fits(block: Any) -> bool:
+        """Whether a `ResnetBlock2D` is of the kind that this forward computes."""
+        return (
+            block.time_embedding_norm == "default"
+            and block.upsample is None
+            and block.downsample is None
+            and block.output_scale_factor == 1
+            and isinstance(block.nonlinearity, nn.SiLU)
+            and isinstance(block.norm1, nn.GroupNorm)
+            and isinstance(block.norm2, nn.GroupNorm)
+        )
+
+
+class FusedTransformer2DModel(Transformer2DModel):
+    """The norm writes tokens, and the residual is added as tokens become a picture again."""
+
+    def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
+        norm, project = self.norm, self.proj_in
+        if not (serves(self, hidden_states) and plain_norm(norm, nn.GroupNorm, hidden_states)):
+            return super()._operate_on_continuous_inputs(hidden_states)
+        as_linear = self.use_linear_projection or pointwise(project)
+        normed = group_norm(
+            hidden_states, None, None, norm.weight, norm.bias, norm.num_groups, norm.eps,
+            channels_last=as_linear,
+        )  # fmt: skip
+        if not as_linear:
+            normed = project(normed)
+        tokens = normed.permute(0, 2, 3, 1).flatten(1, 2)
+        if self.use_linear_projection:
+            # Stock returns the width in front of the projection, which is no other.
+            return project(tokens), tokens.shape[2]
+        if as_linear:
+            tokens = F.linear(tokens, project.weight.flatten(1), project.bias)
+        return tokens, tokens.shape[2]
+
+    def _get_output_for_continuous_inputs(
+        self,
+        hidden_states: Tensor,
+        residual: Tensor,
+        batch_size: int,
+        height: int,
+        width: int,
+        inner_dim: int,
+    ) -> Tensor:
+        project = self.proj_out
+        as_linear = self.use_linear_projection or pointwise(project)
+        alike = residual.dtype == hidden_states.dtype
+        if not (as_linear and alike and serves(self, hidden_states)):
+            return super()._get_output_for_continuous_inputs(
+                hidden_states, residual, batch_size, height, width, inner_dim
+            )
+        bias = project.bias
+        if not self.use_linear_projection:
+            hidden_states = F.linear(hidden_states, project.weight.flatten(1))
+        elif plain(project, nn.Linear):
+            hidden_states = F.linear(hidden_states, project.weight)
+        else:
+            hidden_states, bias = project(hidden_states), None
+        picture = hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return add_bias(picture, residual, bias)
+
+    @staticmethod
+    def fits(model: Any) -> bool:
+        return model.is_input_continuous and isinstance(model.norm, nn.GroupNorm)
+
+
+class FusedGEGLU(GEGLU):
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not (isinstance(self, FusedGEGLU) and serves(self, hidden_states)):
+            return GEGLU.forward(self, hidden_states, *args, **kwargs)
+        return geglu(self.proj(hidden_states))
+
+
+class FusedLayerNorm(nn.LayerNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        if not (isinstance(self, FusedLayerNorm) and self._serves(input)):
+            return nn.LayerNorm.forward(self, input)
+        return layer_norm(input, self.weight, self.bias, self.eps)
+
+    def _serves(self, x: Tensor) -> bool:
+        weight = self.weight
+        return serves(self, x) and (
+            weight is None or (weight.dtype == x.dtype and weight.device == x.device)
+        )
+
+    @staticmethod
+    def fits(norm: Any) -> bool:
+        return len(norm.normalized_shape) == 1
+
+
+class FusedGroupNorm(nn.GroupNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        if not (isinstance(self, FusedGroupNorm) and self._serves(input)):
+            return nn.GroupNorm.forward(self, input)
+        return group_norm(input, None, None, self.weight, self.bias, self.num_groups, self.eps)
+
+    def _serves(self, x: Tensor) -> bool:
+        return serves(self, x) and self.weight.dtype == x.dtype and self.weight.device == x.device
+
+    @staticmethod
+    def fits(norm: Any) -> bool:
+        return norm.affine
