@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .lora import own_parameters, tuners
+from .walk import every
 
 _CASTING = "layerwise_casting"
 _OFFLOADING = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
@@ -79,15 +80,9 @@ def offloaded(module: nn.Module) -> bool:
     return any(r is not None and r.get_hook("group_offloading") for r in registries)
 
 
-def hooked(module: nn.Module, *names: str) -> bool:
-    """Whether the module, or one in it, has an attribute of one of these names: a hook."""
-    stack = [module]
-    while stack:
-        state = vars(stack.pop())
-        if any(name in state for name in names):
-            return True
-        stack += [child for child in state["_modules"].values() if child is not None]
-    return False
+def hooked(module: nn.Module, name: str) -> bool:
+    """Whether the module, or one in it, has an attribute of this name: a hook."""
+    return any(name in child.__dict__ for child in every(module))
 
 
 def foreign_hooks(module: nn.Module) -> list[str]:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .walk import every
+
 # The tuner layer that shares its adapters with this one, on the other module of the same place.
 _TWIN = "_fbila_twin"
 
@@ -27,7 +29,11 @@ def is_tuner(module: nn.Module | None) -> bool:
 
 
 def has_tuner(module: nn.Module) -> bool:
-    return "peft.tuners.tuners_utils" in sys.modules and any(map(is_tuner, module.modules()))
+    """Whether there are any `tuners`, found out quickly."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    return peft is not None and any(
+        isinstance(child, peft.BaseTunerLayer) for child in every(module)
+    )
 
 
 def tuners(module: nn.Module) -> dict[str, Any]:
