@@ -6,13 +6,14 @@ one product each; and what is kept are the input, W_1 x, x + F(x), q, k, v and o
 the computation. h = LeakyReLU(LayerNorm(W_1 x + b_1)) is computed again.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors as unflatten
 
-from ..ops.autocast import without_autocast
 from ..ops.autograd import ordinary
 from ..ops.repeated import known_call
 from ..ops.tensor_checks import MAX_HEAD_DIM
@@ -34,23 +35,17 @@ class Weights(NamedTuple):
     out: Tensor  # W_o (C, C)
     out_bias: Tensor  # (C,)
 
-    @classmethod
-    def within(cls, flat: Tensor, dim: int, mid: int) -> "Weights":
-        shapes = (
-            (2, mid, dim), (2, mid), (2, dim, mid), (2, dim), (2, dim, dim), (dim, dim),
-            (dim, dim), (dim,),
-        )  # fmt: skip
-        sizes = [torch.Size(shape).numel() for shape in shapes]
-        return cls(*(x.view(shape) for x, shape in zip(flat.split(sizes), shapes, strict=True)))
 
-    @staticmethod
-    def size(dim: int, mid: int) -> int:
-        return 4 * dim * (mid + dim) + 2 * mid + 3 * dim
-
-    def parts(self) -> list[Tensor]:
-        """In the order of `parameters_of`."""
-        pairs = (self.first, self.first_bias, self.second, self.second_bias, self.project)
-        return [*(x for pair in pairs for x in pair.unbind()), *self[5:]]
+@lru_cache(maxsize=64)
+def templates(dim: int, mid: int) -> tuple[int, Weights, list[Tensor]]:
+    """Numbers in all; tensors shaped as `Weights`; and as the first of `parameters_of`."""
+    shapes = (
+        (2, mid, dim), (2, mid), (2, dim, mid), (2, dim), (2, dim, dim), (dim, dim),
+        (dim, dim), (dim,),
+    )  # fmt: skip
+    weights = Weights(*(torch.empty(shape, device="meta") for shape in shapes))
+    parts = [*(x for pair in weights[:5] for x in pair.unbind()), *weights[5:]]
+    return sum(x.numel() for x in weights), weights, parts
 
 
 def parameters_of(layer: Any) -> list[Tensor]:
@@ -109,23 +104,27 @@ class LinFusionLayer(torch.autograd.Function):
         heads, eps, norm_eps, slope = scalars
         B, N, C = x.shape
         mid = parameters[0].shape[0]
+        size, weights, parts = templates(C, mid)
         rows = x.reshape(B * N, C)
-        with without_autocast(x):
-            flat = x.new_empty(Weights.size(C, mid))
-            w = Weights.within(flat, C, mid)
-            torch._foreach_copy_(w.parts(), parameters[:13])
-            norms = torch.stack(parameters[13:]).view(2, 2, mid)
-            y = F.linear(rows, w.first.flatten(0, 1), w.first_bias.flatten())
-            h = launch_norm(_pair(y), *norms, norm_eps, slope)
-            s = rows + w.second_bias[:, None]
-            s.baddbmm_(h, w.second.transpose(1, 2))
-            qk = torch.bmm(s, w.project.transpose(1, 2))
-            v = F.linear(rows, w.value)
-            attention = _heads(qk[0], heads, B), _heads(qk[1], heads, B), _heads(v, heads, B)
-            known = known_call(*attention, "elu1", "mean", eps)
-            o, state, inverse = known.forward(*attention)
-            out = F.linear(_rows(o), w.out, w.out_bias)
-        ctx.save_for_backward(rows, y, s, qk, v, o, state, inverse, flat, norms)
+        flat = x.new_empty(size)
+        torch._foreach_copy_(unflatten(flat, parts), parameters[:13])
+        w = Weights(*unflatten(flat, weights))
+        norms = torch.stack(parameters[13:]).view(2, 2, mid).unbind()
+        y = F.linear(rows, w.first.view(2 * mid, C), w.first_bias.view(2 * mid))
+        y = y.as_strided((2, B * N, mid), (mid, 2 * mid, 1))
+        h = launch_norm(y, *norms, norm_eps, slope)
+        s = rows + w.second_bias.unsqueeze(1)
+        s.baddbmm_(h, w.second.mT)
+        qk = torch.bmm(s, w.project.mT)
+        v = F.linear(rows, w.value)
+        heads_first = (B, heads, N, C // heads), (N * C, C // heads, C, 1)
+        q, k = (qk.as_strided(*heads_first, i * rows.numel()) for i in range(2))
+        v = v.as_strided(*heads_first)
+        known = known_call(q, k, v, "elu1", "mean", eps)
+        o, state, inverse = known.forward(q, k, v)
+        o = _rows(o, rows)
+        out = F.linear(o, w.out, w.out_bias)
+        ctx.save_for_backward(rows, y, s, q, k, v, o, state, inverse, flat, *norms)
         ctx.known, ctx.scalars, ctx.dtype = known, scalars, parameters[0].dtype
         return out.view(B, N, C)
 
@@ -139,48 +138,37 @@ class LinFusionLayer(torch.autograd.Function):
         from ..ops.kernels.norm import launch_norm
         from ..ops.kernels.norm_backward import launch_grad_norm
 
-        rows, y, s, qk, v, o, state, inverse, flat, norms = ctx.saved_tensors
-        heads, _, norm_eps, slope = ctx.scalars
-        (B, N, C), mid = g.shape, y.shape[1] // 2
-        w = Weights.within(flat, C, mid)
+        rows, y, s, q, k, v, o, state, inverse, flat, *norms = ctx.saved_tensors
+        _, _, norm_eps, slope = ctx.scalars
+        _, weights, parts = templates(rows.shape[1], y.shape[2])
+        w = Weights(*unflatten(flat, weights))
         dflat = torch.empty_like(flat)
-        d = Weights.within(dflat, C, mid)
-        with without_autocast(g):
-            g = g.reshape(rows.shape)
-            torch.mm(g.t(), _rows(o), out=d.out)
-            torch.sum(g, 0, out=d.out_bias)
-            attention = _heads(qk[0], heads, B), _heads(qk[1], heads, B), _heads(v, heads, B)
-            do = _heads(g @ w.out, heads, B)
-            *dqk, dv = map(_rows, ctx.known.backward(do, *attention, state, inverse))
-            ds = torch.empty_like(s)
-            for i in range(2):
-                torch.mm(dqk[i].t(), s[i], out=d.project[i])
-                torch.mm(dqk[i], w.project[i], out=ds[i])
-            torch.mm(dv.t(), rows, out=d.value)
-            h = launch_norm(_pair(y), *norms, norm_eps, slope)
-            torch.bmm(ds.transpose(1, 2), h, out=d.second)
-            torch.sum(ds, 1, out=d.second_bias)
-            dh = torch.bmm(ds, w.second)
-            dy, *dnorms = launch_grad_norm(dh, _pair(y), *norms, norm_eps, slope)
-            torch.bmm(dy.transpose(1, 2), rows.expand_as(s), out=d.first)
-            torch.sum(dy, 1, out=d.first_bias)
-            dx = ds[0] + ds[1]
-            dx.addmm_(dy[0], w.first[0]).addmm_(dy[1], w.first[1]).addmm_(dv, w.value)
-            # One cast for all; every parameter's gradient is a part of it.
-            dparameters = Weights.within(dflat.to(ctx.dtype), C, mid).parts()
-        return dx.view(B, N, C), None, *dparameters, *(x for pair in dnorms for x in pair.unbind())
+        d = Weights(*unflatten(dflat, weights))
+        shape, g = g.shape, g.reshape(rows.shape)
+        torch.mm(g.t(), o, out=d.out)
+        torch.sum(g, 0, out=d.out_bias)
+        do = torch.mm(g, w.out).as_strided(q.shape, v.stride())
+        *dqk, dv = (_rows(x, rows) for x in ctx.known.backward(do, q, k, v, state, inverse))
+        ds = torch.empty_like(s)
+        for dx, *others in zip(dqk, s, d.project, w.project, ds, strict=True):
+            read, dweight, weight, dread = others
+            torch.mm(dx.t(), read, out=dweight)
+            torch.mm(dx, weight, out=dread)
+        torch.mm(dv.t(), rows, out=d.value)
+        h = launch_norm(y, *norms, norm_eps, slope)
+        torch.bmm(ds.mT, h, out=d.second)
+        torch.sum(ds, 1, out=d.second_bias)
+        dh = torch.bmm(ds, w.second)
+        dy, *dnorms = launch_grad_norm(dh, y, *norms, norm_eps, slope)
+        torch.bmm(dy.mT, rows.expand_as(s), out=d.first)
+        torch.sum(dy, 1, out=d.first_bias)
+        dx = ds[0] + ds[1]
+        dx.addmm_(dy[0], w.first[0]).addmm_(dy[1], w.first[1]).addmm_(dv, w.value)
+        # One cast for all; every parameter's gradient is a part of it.
+        dparameters = unflatten(dflat.to(ctx.dtype), parts)
+        return dx.view(shape), None, *dparameters, *(x for pair in dnorms for x in pair.unbind())
 
 
-def _pair(y: Tensor) -> Tensor:
-    """(R, 2 M) -> (2, R, M), a view."""
-    return y.view(len(y), 2, -1).transpose(0, 1)
-
-
-def _heads(x: Tensor, heads: int, batch: int) -> Tensor:
-    """(B N, C) -> (B, H, N, D), a view."""
-    return x.view(batch, -1, heads, x.shape[1] // heads).transpose(1, 2)
-
-
-def _rows(x: Tensor) -> Tensor:
+def _rows(x: Tensor, like: Tensor) -> Tensor:
     """(B, H, N, D) -> (B N, C), a view of what is token-major in memory."""
-    return x.transpose(1, 2).reshape(x.shape[0] * x.shape[2], -1)
+    return x.transpose(1, 2).reshape(like.shape)
