@@ -1,7 +1,8 @@
 """A step of LinFusion's distillation, as examples/distill.py takes it, but for its other losses.
 
-Teacher and student are one UNet, in float32 under bfloat16 autocast; the loss is the mean square of
-the difference of their outputs, and only the linear attention layers are trained, by AdamW.
+Teacher and student are one frozen UNet in bfloat16, under autocast; the loss is the mean square of
+the difference of their outputs, and only the linear attention layers, kept in float32, are trained,
+by AdamW.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,19 +20,22 @@ from .rows import Row
 
 
 class Training:
-    """A row's UNet in float32, its inputs, and the exact gradients to compare with."""
+    """A row's UNet, its inputs, and the exact gradients to compare with."""
 
     missing = None
 
     def __init__(self, row: Row, device: str, gate: Gate) -> None:
         self.device = device
-        unet = make_unet(row.unet, device, torch.float32).to(memory_format=torch.channels_last)
+        # So that its weights, and those of the layers, are the same numbers in float32.
+        unet = make_unet(row.unet, device, torch.bfloat16).to(memory_format=torch.channels_last)
         self.attentions = Attentions(unet, UNETS[row.unet].mid_dim_scale)
         self.inputs = make_inputs(row.unet, row.px, row.batch, device, torch.float32)
         # One picture is enough to tell a wrong gradient.
         self.single = make_inputs(row.unet, row.px, 1, device, torch.float32)
+        unet.float()
         with self._training("official"), precise():
             self.exact = self._gradients("official", autocast=False)
+        unet.bfloat16()
         with self._training("official"):
             self.bound = FACTOR * relative(self._gradients("official"), self.exact)
 
@@ -47,7 +51,7 @@ class Training:
     def _training(self, name: str) -> Iterator[None]:
         layers = self.attentions.layers(name)
         with self.attentions.put_in(name):
-            layers.requires_grad_(True)
+            layers.float().requires_grad_(True)
             try:
                 yield
             finally:
