@@ -190,7 +190,7 @@ class GroupNorm:
             {**planes.units, "LAST": last, "BLOCK_C": block_c, "BLOCK_P": block_p, "ACC": acc},
             # Several threads make one sum, which has to be the same in all of them: see norms in
             # docs/kernels.md.
-            {"num_warps": warps(block_c * block_p), "num_stages": 1, "enable_fp_fusion": False},
+            {"num_warps": warps(block_c * block_p, 32), "num_stages": 1, "enable_fp_fusion": False},
         )
         self.merge = Launch(
             group_merge_kernel,
@@ -215,7 +215,7 @@ class GroupNorm:
                 "SILU": silu,
                 "ACC": acc,
             },
-            {"num_warps": warps(block_c * block_p), "num_stages": 1},
+            {"num_warps": warps(block_c * block_p, 32), "num_stages": 1},
         )
 
     def __call__(
