@@ -13,6 +13,8 @@ import torch
 from ..timing import Call, bracket, elapsed
 
 FEWEST, MOST = 3, 50
+# Milliseconds of a call that is warm after its first time: what was new took less than the rest.
+_SLOW = 2000.0
 
 
 class StepTimer:
@@ -27,7 +29,9 @@ class StepTimer:
 
     def times(self, call: Call) -> list[float]:
         """Milliseconds of each repeat, after warming up."""
-        self._run(call, 2)
+        (first,) = self._run(call, 1)
+        if first < _SLOW:
+            self._run(call, 1)
         (estimate,) = self._run(call, 1)
         return self._run(call, int(min(max(self.budget_ms / estimate, FEWEST), MOST)))
 
