@@ -4,12 +4,11 @@ Errors are by norm, |x - y| / |y|, of the UNet's output or of all gradients toge
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from ..nearness import precise, relative, require
 from .attentions import Attentions
 from .models import UNETS, make_inputs
 
@@ -18,33 +17,6 @@ from .models import UNETS, make_inputs
 TOLERANCE = 2e-2
 # How much farther from a float32 run fbila may be than the official layer is.
 FACTOR = 1.5
-
-
-class Wrong(Exception):
-    """The attention does not compute what the official layer does; the words say by how much."""
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    expected = expected.double()
-    return float((actual.double() - expected).norm() / expected.norm())
-
-
-def require(name: str, error: float, bound: float) -> None:
-    # A NaN is within no bound.
-    if not error <= bound:
-        raise Wrong(f"{name} {error:.2e}, more than {bound:.2e}")
-
-
-@contextmanager
-def precise() -> Iterator[None]:
-    """float32 without TF32, which convolutions have by default and which rounds like float16."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 class Gate:

@@ -6,12 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import turns
+from benchmarks.nearness import Wrong
 from benchmarks.peers import Absent
 from benchmarks.results import read
 from benchmarks.unet import __main__ as command
 from benchmarks.unet import attentions, inference, plot, rows, tables
-from benchmarks.unet import measure as measuring
-from benchmarks.unet.gate import Gate, Wrong
+from benchmarks.unet.gate import Gate
 from benchmarks.unet.measure import measure
 from benchmarks.unet.report import lines, summary
 from benchmarks.unet.timer import FEWEST, MOST, StepTimer
@@ -27,7 +28,7 @@ def lighten(monkeypatch) -> None:
     # Traced, but run as it is: a C++ compiler would take a minute.
     monkeypatch.setitem(inference.COMPILE, "default", {"backend": "eager"})
     # Collecting garbage takes longer than a row.
-    for module in (inference, measuring):
+    for module in (inference, turns):
         monkeypatch.setattr(module, "free", lambda: None)
 
 
@@ -157,12 +158,12 @@ def test_the_others_go_on_without_memory(error, monkeypatch):
     ("error", "status"), [(Wrong("errs by 2"), "wrong"), (ValueError("no"), "failed")]
 )
 def test_what_is_wrong_or_fails_has_no_time(error, status, tmp_path, monkeypatch, capsys):
-    failing(monkeypatch, "fbila fused", error)
+    failing(monkeypatch, "fbila fused blocks", error)
     path = tmp_path / "unet.json"
     assert run(path, "--only", "eager/tiny/64") == 1
     record = read(path)["cases"]["eager/tiny/64"]
     assert record["status"] == status
-    assert set(record["attentions"]["fbila fused"]) == {status}
+    assert set(record["attentions"]["fbila fused blocks"]) == {status}
     assert record["attentions"]["fbila"]["ms"] > 0
     assert record["goals"][0]["over"] is None
     assert f"1 {status}; 0 of 0 goals met, 1 not measured" in capsys.readouterr().out
@@ -197,7 +198,7 @@ def test_a_row_that_cannot_be_set_up(monkeypatch):
 
 def test_nothing_is_left_for_the_next_attention(monkeypatch):
     freed = []
-    monkeypatch.setattr(measuring, "free", lambda: freed.append(1))
+    monkeypatch.setattr(turns, "free", lambda: freed.append(1))
     row = tiny("16k")
     measured(row)
     assert len(freed) == row.rounds * len(row.attentions) + 1
@@ -213,10 +214,10 @@ def test_repeats(budget_ms, count):
 def test_lines(result):
     record = read(result)["cases"]["eager/tiny/64"]
     printed = lines("eager/tiny/64", record)
-    assert len(printed) == 5
+    assert len(printed) == 6
     assert all(line.startswith("eager/tiny/64  ") for line in printed)
     assert " x sdpa; " in printed[2] and " x official; error " in printed[2]
-    assert "goal time of fbila fused at most 1.10 of sdpa's: " in printed[4]
+    assert "goal time of fbila fused blocks at most 1.10 of sdpa's: " in printed[5]
 
 
 def test_tables(result, capsys):
@@ -255,13 +256,13 @@ def test_everything_measured_is_in_the_plot(large):
     figure = plot.step_by_side(plot.by_unet(large), large["machine"])
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == [
-        "softmax, eager", "official LinFusion, eager", "fbila, fused, eager", "softmax, compiled",
-        "official LinFusion, compiled",
+        "softmax, eager", "official LinFusion, eager", "fbila, fused, eager",
+        "fbila, fused blocks, eager", "softmax, compiled", "official LinFusion, compiled",
     ]  # fmt: skip
     for panel in figure.axes:
         assert (panel.get_xscale(), panel.get_yscale()) == ("log", "log")
         sizes = [len(line.get_xdata()) for line in panel.get_lines()]
-        assert sizes == [2, 2, 2, 1, 1]
+        assert sizes == [2, 2, 2, 2, 1, 1]
 
 
 def test_a_result_without_rows_to_plot(tmp_path):

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 
 import fbila.layers.linfusion as linfusion_layer
+from benchmarks.nearness import Wrong, relative
 from benchmarks.peers import Absent
 from benchmarks.unet import attentions as attentions_module
 from benchmarks.unet.attentions import Attentions
-from benchmarks.unet.gate import TOLERANCE, Gate, Wrong, relative
+from benchmarks.unet.gate import TOLERANCE, Gate
 from benchmarks.unet.inference import Inference
 from benchmarks.unet.models import make_unet
 from benchmarks.unet.official import OfficialAttention
@@ -49,7 +50,7 @@ def test_transcription_equals_the_layer(n, dim, heads, mid_dim):
         torch.testing.assert_close(official(x), layer(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["fbila", "fbila fused"])
+@pytest.mark.parametrize("name", ["fbila", "fbila fused", "fbila fused blocks"])
 def test_unets_agree_in_float32(name):
     attentions = Attentions(make_unet("tiny", "cpu", torch.float32), None)
     inputs = {
@@ -67,14 +68,19 @@ def test_unets_agree_in_float32(name):
 
 
 def test_the_unet_is_as_it_was_after_each(inference):
-    before = dict(inference.attentions.unet.named_modules())
-    for name in ("official", "fbila", "fbila fused"):
+    unet = inference.attentions.unet
+
+    def modules():
+        return {name: (module, type(module)) for name, module in unet.named_modules()}
+
+    before = modules()
+    for name in ("official", "fbila", "fbila fused", "fbila fused blocks"):
         with inference.attentions.put_in(name):
-            assert dict(inference.attentions.unet.named_modules()) != before
-        assert dict(inference.attentions.unet.named_modules()) == before
+            assert modules() != before
+        assert modules() == before
 
 
-@pytest.mark.parametrize("name", ["official", "fbila", "fbila fused"])
+@pytest.mark.parametrize("name", ["official", "fbila", "fbila fused", "fbila fused blocks"])
 def test_right_attention_passes(inference, name):
     with inference.ready(name) as (call, errors):
         assert call().isfinite().all()
