@@ -1,0 +1,1 @@
+"""Whole models of other libraries, with their own attention and with fbila's in its place."""

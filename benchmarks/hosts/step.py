@@ -1,0 +1,139 @@
+"""What a row times: a forward pass in bfloat16, or a step of training under its autocast.
+
+The gate: before it is timed, a way is compared with the same function by PyTorch's own operations
+in float32, on one picture. It may err by 1.5 times as much as those operations do in bfloat16: in
+the answer, and in training in all gradients together. What is compiled may differ from the same
+model in eager mode, on the whole batch, by twice that bound.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..nearness import precise, relative, require
+from ..timing import Call
+from .models import HOSTS
+from .rows import Row
+
+DTYPE = torch.bfloat16
+FACTOR = 1.5
+# What torch.compile is told beside that shapes stay as they are.
+COMPILE: dict[str, object] = {}
+
+Inputs = Mapping[str, Tensor]
+
+
+class Inference:
+    """A row's model in bfloat16 and one batch."""
+
+    missing = None
+
+    def __init__(self, row: Row, device: str) -> None:
+        self.row, self.host = row, HOSTS[row.host]
+        torch.manual_seed(0)
+        with torch.device(device):
+            self.model = self.host.make(row.px)
+        self._set_up()
+        self.inputs = self._inputs(row.batch, device)
+        self.single = self._inputs(1, device)
+        self._exact: dict[str, tuple[Tensor, float]] = {}
+
+    @contextmanager
+    def ready(self, name: str) -> Iterator[tuple[Call, dict[str, float]]]:
+        """A step with this attention, and its errors; raises `Wrong` where they are too large."""
+        errors = self._check(name)
+        with self._mode(), self.host.ways[name](self.model):
+            if self.row.mode == "eager":
+                yield self._step(self.model), errors
+                return
+            compiled = torch.compile(self.model, dynamic=False, **COMPILE)
+            eager, bound = self._result(self.model, self.inputs), 2 * errors["float32_bound"]
+            errors["eager"] = relative(self._result(compiled, self.inputs), eager)
+            require("difference from eager mode", errors["eager"], bound)
+            yield self._step(compiled), errors
+
+    def _set_up(self) -> None:
+        self.model.to(DTYPE).eval().requires_grad_(False)
+
+    def _mode(self) -> torch.no_grad | nullcontext:
+        return torch.no_grad()
+
+    def _step(self, model: nn.Module) -> Call:
+        return partial(self.host.call, model, self.inputs)
+
+    def _result(self, model: nn.Module, inputs: Inputs, exactly: bool = False) -> Tensor:
+        """What is compared."""
+        if exactly:
+            inputs = {name: x.float() for name, x in inputs.items()}
+        return self.host.call(model, inputs)
+
+    def _check(self, name: str) -> dict[str, float]:
+        truth, plain = self._truth(self.host.same[name])
+        error, bound = relative(self._of(name), truth), FACTOR * plain
+        require("error against float32", error, bound)
+        return {"float32": error, "float32_bound": bound}
+
+    def _truth(self, name: str) -> tuple[Tensor, float]:
+        """What PyTorch's own operations give in float32, and how far they are from it at DTYPE."""
+        if name not in self._exact:
+            wide = copy.deepcopy(self.model).float()
+            with self._mode(), self.host.ways[name](wide), precise():
+                truth = self._result(wide, self.single, exactly=True)
+            self._exact[name] = truth, relative(self._of(name), truth)
+        return self._exact[name]
+
+    def _of(self, name: str) -> Tensor:
+        with self._mode(), self.host.ways[name](self.model):
+            return self._result(self.model, self.single)
+
+    def _inputs(self, batch: int, device: str) -> Inputs:
+        drawn = self.host.draw(self.row.px, batch, torch.Generator(device).manual_seed(1))
+        return {name: x.to(DTYPE) for name, x in drawn.items()}
+
+
+class Training(Inference):
+    """A row's model in float32; the loss is a mean square, and AdamW trains all of it."""
+
+    def _set_up(self) -> None:
+        self.model.train()
+
+    def _mode(self) -> torch.no_grad | nullcontext:
+        return nullcontext()
+
+    def _step(self, model: nn.Module) -> Call:
+        parameters = list(self.model.parameters())
+        fused = parameters[0].is_cuda
+        # It takes as long with a rate of 0, and every turn starts from the same weights.
+        optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.05, fused=fused)
+
+        def step() -> Tensor:
+            loss = self._loss(model, self.inputs)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach()
+
+        return step
+
+    def _loss(self, model: nn.Module, inputs: Inputs, half: bool = True) -> Tensor:
+        device = next(iter(inputs.values())).device.type
+        with torch.autocast(device, DTYPE, enabled=half):
+            answer = self.host.call(model, inputs).float()
+        # Not of the answer alone, whose gradient would vanish with it.
+        return (answer - torch.linspace(-1, 1, answer.shape[-1]).to(answer)).square().mean()
+
+    def _result(self, model: nn.Module, inputs: Inputs, exactly: bool = False) -> Tensor:
+        loss = self._loss(model, inputs, half=not exactly)
+        used = [p for p in model.parameters() if p.requires_grad]
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, used)])
+
+    def _inputs(self, batch: int, device: str) -> Inputs:
+        return {name: x.float() for name, x in super()._inputs(batch, device).items()}
+
+
+def make_step(row: Row, device: str) -> Inference:
+    return (Training if row.kind == "training" else Inference)(row, device)
