@@ -4,6 +4,7 @@
     official            LinFusion's layer in eager PyTorch (official.py)
     fbila               LinFusion mounted
     fbila fused         after `linfusion.fuse()`
+    fbila fused blocks  that, in `fbila.adapters.fused_blocks`
     fbila low memory    LinFusion mounted, in `fbila.adapters.low_memory`
 
 All but sdpa compute the same function of the same weights.
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from fbila import LinFusion
+from fbila.adapters import fused_blocks
 
 from ..peers import Absent
 from .official import OfficialAttention
@@ -87,6 +89,11 @@ class Attentions:
                 self.linfusion.unfuse()
 
     @contextmanager
+    def with_fused_blocks(self) -> Iterator[None]:
+        with self.fused(), fused_blocks(self.unet):
+            yield
+
+    @contextmanager
     def with_low_memory(self) -> Iterator[None]:
         mode = find_low_memory()
         with self.mounted(), mode(self.unet):
@@ -98,6 +105,7 @@ WAYS: dict[str, Callable[[Attentions], AbstractContextManager[None]]] = {
     "official": Attentions.put_in_official,
     "fbila": Attentions.mounted,
     "fbila fused": Attentions.fused,
+    "fbila fused blocks": Attentions.with_fused_blocks,
     "fbila low memory": Attentions.with_low_memory,
 }
 

@@ -17,6 +17,7 @@ ATTENTIONS = {
     "sdpa": ("softmax", "sdpa"),
     "official": ("official LinFusion", "eager"),
     "fbila fused": ("fbila, fused", "fbila"),
+    "fbila fused blocks": ("fbila, fused blocks", "flash_bla"),
 }
 # By group: the words, the line, and how the marker is filled.
 GROUPS = {"eager": ("eager", "-", "full"), "compiled": ("compiled", "--", "none")}
