@@ -188,8 +188,8 @@ class GroupNorm:
             (planes.samples * parts * c_blocks, 1),
             (*planes.numbers, all_parts, c_blocks, parts, tiles),
             {**planes.units, "LAST": last, "BLOCK_C": block_c, "BLOCK_P": block_p, "ACC": acc},
-            # Several threads make one sum, which has to be the same in all of them: see norms in
-            # docs/kernels.md.
+            # Several threads make one sum, and have to make the same: see docs/kernels.md on the
+            # focused map.
             {"num_warps": warps(block_c * block_p, 32), "num_stages": 1, "enable_fp_fusion": False},
         )
         self.merge = Launch(
