@@ -12,7 +12,7 @@ _WINDOW_BIAS = "attends within windows, with a position bias on pairs of tokens"
 _COSINE = "attends within windows, by the cosine of queries and keys and a position bias"
 _WINDOW = "attends within windows of few tokens"
 _REDUCED = "has its keys reduced to few tokens already"
-_POOLED = "has its queries or keys pooled"
+_POOLED = "attends within windows or mask units, with pooled queries"
 _POOLED_BIAS = "has its keys pooled, and a position bias on pairs of tokens"
 _LINEAR = "is linear in the tokens already"
 _CHANNELS = "attends over channels, and is linear in the tokens already"
@@ -24,8 +24,8 @@ _OWN = "is a class of its own, with another interface"
 # By module (within timm) and class.
 _REASONS = {
     "layers.attention2d.Attention2d": _LAYOUT,
-    "layers.attention2d.MultiQueryAttention2d": _REDUCED,
-    "layers.attention2d.MultiQueryAttentionV2": _REDUCED,
+    "layers.attention2d.MultiQueryAttention2d": _LAYOUT,
+    "layers.attention2d.MultiQueryAttentionV2": _LAYOUT,
     "layers.attention_pool.AttentionPoolLatent": _ONE_QUERY,
     "layers.attention_pool.AttentionPoolPrr": _ONE_QUERY,
     "layers.attention_pool2d.AttentionPool2d": _ONE_QUERY,

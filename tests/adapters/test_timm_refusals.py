@@ -58,7 +58,10 @@ REASONS = {
     "efficientvit_b0": ("LiteMLA", "is linear in the tokens already"),
     "coat_lite_tiny": ("FactorAttnConvRelPosEnc", "is linear in the tokens already"),
     "pvt_v2_b0": ("Attention", "has its keys reduced to few tokens already"),
-    "hiera_tiny_224": ("MaskUnitAttention", "has its queries or keys pooled"),
+    "hiera_tiny_224": (
+        "MaskUnitAttention",
+        "attends within windows or mask units, with pooled queries",
+    ),
     "visformer_tiny": (
         "Attention",
         "takes its tokens as a picture, not as (batch, tokens, channels)",

@@ -55,6 +55,29 @@ def test_unmounting_restores_everything(model):
     assert not handle.mounted
 
 
+@pytest.mark.parametrize(
+    ("name", "swapped"),
+    [
+        ("test_vit", 6), ("test_vit2", 8), ("test_vit3", 9), ("test_vit4", 9),
+        ("crossvit_9_240", 12), ("mobilevit_xxs", 9), ("csatv2", 4), ("vitamin_small_224", 14),
+        ("deit_tiny_distilled_patch16_224", 12), ("vit_tiny_r_s16_p8_224", 12),
+        ("eva02_tiny_patch14_224", 12), ("vit_pe_core_tiny_patch16_384", 12),
+    ],
+)  # fmt: skip
+def test_models_of_timm(name, swapped):
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    x = backbones.picture(model.pretrained_cfg["input_size"][-1], 1)
+    softmax, there = predict(model, x), modules(model)
+    with swap(model) as handle:
+        assert len(handle.report.swapped) == swapped
+        linear = predict(model, x)
+        assert linear.isfinite().all()
+        assert not torch.equal(linear, softmax)
+    assert modules(model) == there
+    assert torch.equal(predict(model, x), softmax)
+
+
 @each
 def test_the_report_is_the_plan(model):
     planned, there = plan(model), modules(model)
