@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .carry import carry, require_carriable
+from .drift import beside
 from .hooks import hooked, offloading_put_on_again, placement
 from .lora import has_tuner
 from .processors import carry_processor
@@ -89,7 +90,6 @@ class SwapHandle:
                 self._exchange(self.originals, self.modules)
                 self.mounted = True
 
-    @torch.no_grad()
     def check(self, *args: Any, **kwargs: Any) -> list[LayerDrift]:
         """How far each new module's answer is from the original's, given the same inputs.
 
@@ -101,33 +101,8 @@ class SwapHandle:
         Returns:
             One entry a module, in the order in which they ran.
         """
-        drifts: list[LayerDrift] = []
-
-        def compare(name: str, args: tuple, kwargs: dict, expected: torch.Tensor) -> None:
-            # Not through its hooks, which may be those of the original.
-            actual = self.modules[name].forward(*args, **kwargs).double()
-            difference = (actual - expected.double()).norm() / expected.double().norm()
-            drifts.append(
-                LayerDrift(
-                    name, expected.shape[1], difference.item(), bool(actual.isfinite().all())
-                )
-            )
-
-        with self.disabled():
-            hooks = [
-                module.register_forward_hook(
-                    lambda _, args, kwargs, expected, name=name: compare(
-                        name, args, kwargs, expected
-                    ),
-                    with_kwargs=True,
-                )
-                for name, module in self.originals.items()
-            ]
-            try:
-                self.model(*args, **kwargs)
-            finally:
-                for hook in hooks:
-                    hook.remove()
+        with self.disabled(), beside(self.originals, self.modules) as drifts, torch.no_grad():
+            self.model(*args, **kwargs)
         return drifts
 
     @property
