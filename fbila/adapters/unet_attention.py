@@ -81,13 +81,9 @@ class LinFusionAttention(GeneralizedLinearAttention, Attention):
                 f"{self.name} is self-attention, but encoder_hidden_states "
                 f"{list(encoder_hidden_states.shape)} was passed to it."
             )
-        for hook in getattr(getattr(self, "_diffusers_hook", None), "hooks", {}).values():
-            if getattr(hook, "skip_attention_scores", False):
-                raise AdapterError(
-                    f"skip_attention_scores was set on {self.name}, which runs linear attention "
-                    "and has no attention map to skip. Leave this layer out of it, or remove its "
-                    "hook and unmount LinFusion."
-                )
+        # A look into a module's attributes that finds nothing takes long.
+        if "_diffusers_hook" in self.__dict__:
+            self._require_attention_scores()
         if self.fused is not None:
             self._require_inference(hidden_states)
         unknown = cross_attention_kwargs.keys() - _QUIET_ARGUMENTS
@@ -96,14 +92,26 @@ class LinFusionAttention(GeneralizedLinearAttention, Attention):
         key_mask = None if attention_mask is None else self._key_mask(attention_mask, hidden_states)
         return super().forward(hidden_states, key_mask)
 
+    def _require_attention_scores(self) -> None:
+        registry: Any = self._diffusers_hook
+        for hook in registry.hooks.values():
+            if getattr(hook, "skip_attention_scores", False):
+                raise AdapterError(
+                    f"skip_attention_scores was set on {self.name}, which runs linear attention "
+                    "and has no attention map to skip. Leave this layer out of it, or remove its "
+                    "hook and unmount LinFusion."
+                )
+
     def _require_inference(self, hidden_states: Tensor) -> None:
-        if any(type(linear) is not nn.Linear for linear in (self.to_q, self.to_k, self.to_v)):
+        modules = self._modules
+        if not type(modules["to_q"]) is type(modules["to_k"]) is type(modules["to_v"]) is nn.Linear:
             raise AdapterError(
                 f"A LoRA was loaded on {self.name}, whose projections are fused and would ignore "
                 "it. Call linfusion.unfuse(), then pipeline.fuse_lora(), then linfusion.fuse()."
             )
-        wanted = hidden_states.requires_grad or self.to_q.weight.requires_grad
-        if torch.is_grad_enabled() and wanted:
+        if torch.is_grad_enabled() and (
+            hidden_states.requires_grad or self.to_q.weight.requires_grad
+        ):
             raise AdapterError(
                 f"{self.name} is called with gradients enabled, but its projections are fused and "
                 "have none. Use torch.no_grad(), or call linfusion.unfuse() first."

@@ -115,11 +115,12 @@ class GeneralizedLinearAttention(nn.Module):
         """Mixes the tokens of `x` `(B, N, C)`; `key_mask` `(B, N)` is False for keys to hide."""
         # Once, rather than in each of the three layers that read it, which would keep a copy each.
         (x,) = cast_for_autocast(x)
-        if key_mask is None and self.fused is None and linfusion_gradient.serves(self, x):
+        fused = self.fused
+        if fused is None and key_mask is None and linfusion_gradient.serves(self, x):
             return linfusion_gradient.attend(self, x, EPS)
         # (B, H, N, D) views, which the op reads in place.
-        if self.fused is not None:
-            q, k, v = self.fused(x)
+        if fused is not None:
+            q, k, v = fused.forward(x)
         else:
             q = self.heads_of(self.to_q(x + self.to_q_(x)))
             k = self.heads_of(self.to_k(x + self.to_k_(x)))
@@ -128,7 +129,8 @@ class GeneralizedLinearAttention(nn.Module):
             q, k, v, feature_map="elu1", eps=EPS, normalizer="mean", key_mask=key_mask
         )
         project, dropout = self.to_out
-        return dropout(project(out.transpose(1, 2).reshape(x.shape)))
+        out = project(out.transpose(1, 2).reshape(x.shape))
+        return dropout(out) if self.training else out
 
     def heads_of(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, H, N, D), a view."""
