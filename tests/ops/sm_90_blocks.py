@@ -47,6 +47,16 @@ def calls():
             f"layer_norm {D}",
             lambda x=x, channel=channel: norm_library.plain_in_kernel(x, channel, channel, 1e-5),
         )
+        # Of queries and of keys, side by side.
+        pair = planes(256, 2 * D).as_strided((2, 256, D), (D, 2 * D, 1))
+        arguments = (pair, planes(2, D), planes(2, D), 1e-5, 0.01)
+        yield f"two norms {D}", lambda arguments=arguments: norm_library.in_kernel(*arguments)
+        yield (
+            f"gradient of two norms {D}",
+            lambda arguments=arguments: norm_library.backward_in_kernel(
+                torch.zeros_like(arguments[0]), *arguments
+            ),
+        )
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ except ImportError as missing:
     pytest.skip(f"this Triton cannot compile for sm_90: {missing}", allow_module_level=True)
 
 # What has a number for every channel at every position.
-LARGE = ("x", "residual", "y", "o")
+LARGE = ("x", "residual", "y", "o", "dx", "dy")
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,7 @@ def test_all_kernels_are_seen(kernels):
     assert {name.split(": ")[1] for name in kernels} == {
         "group_statistics_kernel", "group_merge_kernel", "group_apply_kernel",
         "short_group_norm_kernel", "add_bias_kernel", "geglu_kernel", "norm_kernel",
+        "grad_norm_kernel",
     }  # fmt: skip
 
 

@@ -46,6 +46,18 @@ def norm_kernel(
     tl.store(p_o, b_x.to(o.dtype.element_ty), mask=mask)
 
 
+def in_units(
+    shape: tuple[int, ...], dtype: torch.dtype, *strides: tuple[int, ...]
+) -> tuple[int, list[int]]:
+    """Elements that divide the strides `(P, R)`, at most 16 bytes of them, and those strides."""
+    # An axis of length 1 is never stepped along.
+    steps = [
+        s if n > 1 else 0 for stride in strides for s, n in zip(stride[:2], shape, strict=False)
+    ]
+    unit = math.gcd(16 // dtype.itemsize, *steps)
+    return unit, [step // unit for step in steps]
+
+
 @lru_cache(maxsize=1024)
 def plan_norm(
     shape: tuple[int, ...],
@@ -59,13 +71,11 @@ def plan_norm(
     P, R, D = shape
     width = triton.next_power_of_2(D)
     block = max(1, ELEMENTS // width)
-    # An axis of length 1 is never stepped along.
-    steps = [s if n > 1 else 0 for s, n in zip(stride[:2], shape, strict=False)]
-    unit = math.gcd(16 // dtype.itemsize, *steps)
+    unit, steps = in_units(shape, dtype, stride)
     return Launch(
         norm_kernel,
         (triton.cdiv(R, block), P),
-        (steps[0] // unit, steps[1] // unit, R, eps, slope),
+        (*steps, R, eps, slope),
         {"D": D, "WIDTH": width, "BLOCK": block, "UNIT": unit, "ACC": Tiling.acc(dtype)},
         {"num_warps": 4, "num_stages": 1},
     )

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .launch import Launch, kernel
-from .norm import ELEMENTS
+from .norm import ELEMENTS, in_units
 from .tiling import Tiling
 
 # For all sets of rows together: enough for every multiprocessor, few enough to add up.
@@ -26,7 +26,8 @@ def grad_norm_kernel(
     x, dy, weight, bias, dx, sums,
     stride_xp: "i64", stride_xr: "i64", stride_yp: "i64", stride_yr: "i64", rows: "i64",
     eps: "fp64", slope: "fp64",
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     i_p = tl.program_id(1).to(tl.int64)
     i_b = tl.program_id(0).to(tl.int64)
@@ -40,8 +41,8 @@ def grad_norm_kernel(
     for first in range(i_b * BLOCK, rows, programs * BLOCK):
         o_r = first + tl.arange(0, BLOCK)
         mask = (o_r < rows)[:, None] & inside[None, :]
-        p_x = x + i_p * stride_xp + o_r[:, None] * stride_xr + o_d[None, :]
-        p_dy = dy + i_p * stride_yp + o_r[:, None] * stride_yr + o_d[None, :]
+        p_x = x + i_p * (stride_xp * UNIT) + o_r[:, None] * (stride_xr * UNIT) + o_d[None, :]
+        p_dy = dy + i_p * (stride_yp * UNIT) + o_r[:, None] * (stride_yr * UNIT) + o_d[None, :]
         b_h = tl.load(p_x, mask=mask, other=0.0).to(ACC)
         b_dz = tl.load(p_dy, mask=mask, other=0.0).to(ACC)
         b_h -= (tl.sum(b_h, 1) / D)[:, None]
@@ -76,12 +77,15 @@ def plan_grad_norm(
     width = triton.next_power_of_2(D)
     block = max(1, ELEMENTS // width)
     programs = min(triton.cdiv(R, block), max(1, _PROGRAMS // P))
+    unit, steps = in_units(shape, dtype, stride, dy_stride)
     return Launch(
         grad_norm_kernel,
         (programs, P),
-        (*stride[:2], *dy_stride[:2], R, eps, slope),
-        {"D": D, "WIDTH": width, "BLOCK": block, "ACC": Tiling.acc(dtype)},
-        {"num_warps": 4, "num_stages": 1},
+        (*steps, R, eps, slope),
+        {"D": D, "WIDTH": width, "BLOCK": block, "UNIT": unit, "ACC": Tiling.acc(dtype)},
+        # Several threads make one sum over rows, which has to be the same in all of them: see norms
+        # in docs/kernels.md.
+        {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False},
     )
 
 
