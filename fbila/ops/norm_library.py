@@ -64,7 +64,9 @@ def backward_in_kernel(dy, x, weight, bias, eps, slope):
     if x.numel() == 0:
         return x.new_empty(x.shape), torch.zeros_like(weight), torch.zeros_like(bias)
     x, dy = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, dy))
-    return launch_grad_norm(dy, x, weight.contiguous(), bias.contiguous(), eps, slope)
+    dx, (dw, db) = launch_grad_norm(dy, x, weight.contiguous(), bias.contiguous(), eps, slope)
+    # An op's outputs may not share memory.
+    return dx, dw.clone(), db
 
 
 def backward_in_pytorch(dy, x, weight, bias, eps, slope):

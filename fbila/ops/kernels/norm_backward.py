@@ -57,9 +57,9 @@ def grad_norm_kernel(
         b_dx = b_dz - (tl.sum(b_dz, 1) / D)[:, None] - b_h * (tl.sum(b_dz * b_h, 1) / D)[:, None]
         p_dx = dx + (i_p * rows + o_r[:, None]) * D + o_d[None, :]
         tl.store(p_dx, (b_dx * b_r[:, None]).to(dx.dtype.element_ty), mask=mask)
-    p_sums = sums + (i_p * programs + i_b) * 2 * D + o_d
+    p_sums = sums + (i_p * programs + i_b) * D + o_d
     tl.store(p_sums, b_dw, mask=inside)
-    tl.store(p_sums + D, b_db, mask=inside)
+    tl.store(p_sums + tl.num_programs(1) * programs * D, b_db, mask=inside)
 
 
 @lru_cache(maxsize=1024)
@@ -96,16 +96,14 @@ def launch_grad_norm(
     bias: torch.Tensor,
     eps: float,
     slope: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dx, dw and db. The last dim of x and dy is contiguous, weight and bias are."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dx, and dw and db as `(2, P, D)`. The last dim of x and dy is contiguous."""
     P, _, D = x.shape
     launch = plan_grad_norm(
         tuple(x.shape), x.stride(), dy.stride(), x.dtype, weight.dtype, eps, slope
     )
     dx = x.new_empty(x.shape)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    sums = x.new_empty((P, launch.grid[0], 2, D), dtype=wide)
+    sums = x.new_empty((2, P, launch.grid[0], D), dtype=wide)
     launch(x, dy, weight, bias, dx, sums)
-    # An op's outputs may not share memory, so each is a sum of its own.
-    dw, db = (sums[:, :, i].sum(1).to(weight.dtype) for i in range(2))
-    return dx, dw, db
+    return dx, sums.sum(2).to(weight.dtype)
