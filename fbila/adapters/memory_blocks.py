@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.linfusion import attend_in_chunks
+from ..ops.group_norm_library import group_norm, group_norm_
+from ..ops.memory_format import is_channels_last
+from .block_forwards import plain, plain_norm, serves
 from .report import AdapterError
 from .unet_attention import LinFusionAttention
 
@@ -91,16 +94,24 @@ def resnet_forward(resnet: Any, holder: list[Tensor], temb: Tensor | None, *, ow
         return resnet(x, temb)
     shortcut = x if resnet.conv_shortcut is None else resnet.conv_shortcut(x)
     own = own and resnet.conv_shortcut is not None
-    hidden = norm_(x, resnet.norm1) if own else resnet.norm1(x)
+    hidden = norm_and_activate(x, resnet.norm1, resnet.nonlinearity, own=own)
     del x
-    hidden = resnet.conv1(activate_(hidden, resnet.nonlinearity))
+    hidden = resnet.conv1(hidden)
     if temb is not None and resnet.time_emb_proj is not None:
         embedded = temb if resnet.skip_time_act else resnet.nonlinearity(temb)
         hidden += resnet.time_emb_proj(embedded)[:, :, None, None]
-    hidden = norm_(hidden, resnet.norm2)
-    hidden = resnet.conv2(activate_(hidden, resnet.nonlinearity))
+    hidden = resnet.conv2(norm_and_activate(hidden, resnet.norm2, resnet.nonlinearity, own=True))
     hidden += shortcut
     return hidden if resnet.output_scale_factor == 1 else hidden.div_(resnet.output_scale_factor)
+
+
+def norm_and_activate(x: Tensor, norm: nn.GroupNorm, activation: nn.Module, *, own: bool) -> Tensor:
+    """activation(norm(x)), in the memory of x where it is our `own`."""
+    kernel = serves(norm, x) and plain_norm(norm, nn.GroupNorm, x) and plain(activation, nn.SiLU)
+    if kernel and is_channels_last(x) is not None:
+        parameters = norm.weight, norm.bias, norm.num_groups, norm.eps, True
+        return group_norm_(x, *parameters) if own else group_norm(x, None, None, *parameters)
+    return activate_(norm_(x, norm) if own else norm(x), activation)
 
 
 def activate_(x: Tensor, activation: nn.Module) -> Tensor:

@@ -6,12 +6,14 @@ import pytest
 import tiny_models
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.models.resnet import ResnetBlock2D
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 from untouched import untouched
 
 from fbila import LinFusion
-from fbila.adapters import AdapterError, low_memory, memory_blocks
+from fbila.adapters import AdapterError, block_forwards, low_memory, memory_blocks
+from fbila.ops import group_norm_library
 
 
 def mount(unet):
@@ -38,6 +40,33 @@ def test_the_same_prediction(make, linear, tokens):
                 actual = tiny_models.predict(unet)
                 torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
         assert torch.equal(tiny_models.predict(unet), expected)
+
+
+def test_norms_by_the_kernel(monkeypatch):
+    """As on a GPU: the same, in the memory of what the blocks made themselves."""
+    unet = tiny_models.small_unet()
+    expected = tiny_models.predict(unet)
+    made = []
+
+    def in_place(x, *options):
+        made.append(x.data_ptr())
+        y = group_norm_library.group_norm_(x, *options)
+        assert y is x
+        return y
+
+    monkeypatch.setattr(block_forwards, "has_kernels", lambda x: True)
+    monkeypatch.setattr(
+        memory_blocks, "group_norm", lambda *x: group_norm_library.in_kernel(*x, False)
+    )
+    monkeypatch.setattr(memory_blocks, "group_norm_", in_place)
+    with low_memory(unet):
+        actual = tiny_models.predict(unet)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
+    # Both norms of blocks with a shortcut of their own in the upper half, the second of all others.
+    resnets = [m for m in unet.modules() if isinstance(m, ResnetBlock2D)]
+    joined = [r for block in unet.up_blocks for r in block.resnets if r.conv_shortcut is not None]
+    in_middle = len(unet.mid_block.resnets)
+    assert len(made) == 2 * (len(resnets) - in_middle + len(joined))
 
 
 def test_in_half_precision_it_errs_no_more(unet):
