@@ -1,0 +1,55 @@
+"""One call for every kernel around attention, small enough for a sanitizer to watch.
+
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \\
+    python tests/ops/every_block_kernel.py
+"""
+
+import itertools
+
+import torch
+
+from fbila.ops import group_norm_library
+from fbila.ops.add_bias_library import add_bias
+from fbila.ops.geglu_library import geglu
+from fbila.ops.norm_library import layer_norm, layer_norm_leaky_relu
+
+FORMATS = (torch.contiguous_format, torch.channels_last)
+
+
+def pictures(dtype: torch.dtype):
+    """(name, result) of kernels of pictures: a short group, a long one, and odd lengths."""
+    for (C, side), last in itertools.product(((320, 8), (320, 96), (60, 7)), FORMATS):
+        x = torch.randn(2, C, side, side, device="cuda").to(dtype, memory_format=last)
+        shift = torch.randn(2, C, device="cuda", dtype=dtype)
+        bias = shift[0]
+        name = f"{C} x {side} {str(last)[6:]}"
+        for to_last in (False, True):
+            yield (
+                f"group_norm {name}",
+                group_norm_library.group_norm(x, shift, bias, bias, bias, 20, 1e-5, True, to_last),
+            )
+        for other in FORMATS:
+            residual = x.contiguous(memory_format=other)
+            yield f"add_bias {name}", add_bias(x, residual, bias, bias)
+        yield f"in place {name}", group_norm_library.group_norm_(x, bias, bias, 20, 1e-5)
+
+
+def rows(dtype: torch.dtype):
+    """(name, result) of kernels of rows."""
+    for D in (320, 37):
+        x = torch.randn(300, 2 * D, device="cuda", dtype=dtype, requires_grad=True)
+        weight = torch.randn(2, D, device="cuda", requires_grad=True)
+        with torch.no_grad():
+            yield f"geglu {D}", geglu(x)
+            yield f"layer_norm {D}", layer_norm(x, None, None, 1e-5)
+        y = layer_norm_leaky_relu(x.unflatten(1, (2, D)).transpose(0, 1), weight, weight, 1e-5, 0.1)
+        yield f"norm with activation {D}", y
+        for gradient in torch.autograd.grad(y, (x, weight), torch.ones_like(y)):
+            yield f"its gradients {D}", gradient
+
+
+if __name__ == "__main__":
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for name, result in itertools.chain(pictures(dtype), rows(dtype)):
+            assert result.isfinite().all(), name
+            print(dtype, name, flush=True)
