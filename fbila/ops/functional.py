@@ -84,8 +84,9 @@ def linear_attn(
 
     Returns:
         `(B, H, N, V)` in the dtype of q; `(T, H, V)` with cu_seqlens. Its memory is token-major
-        where q's is, so that `o.transpose(1, 2).flatten(2)` is a view. Without any key it is 0. A
-        row whose denominator is 0 gives 0 where eps > 0.
+        where q's is, so that `o.transpose(1, 2).flatten(2)` is a view, and channels-first, `(B, H,
+        V, N)`, where q's is. Without any key it is 0. A row whose denominator is 0 gives 0 where
+        eps > 0.
 
     Raises:
         ValueError: Shapes, devices, `normalizer`, `eps`, `feature_map` or `impl` that do not fit;

@@ -20,8 +20,12 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-# The order of batch, heads and tokens in memory, in front of the head dim.
-LAYOUTS = {"head_major": (0, 1, 2), "token_major": (0, 2, 1)}
+# The order of batch, heads, tokens and head dim in memory.
+LAYOUTS = {
+    "head_major": (0, 1, 2, 3),
+    "token_major": (0, 2, 1, 3),
+    "channels_first": (0, 1, 3, 2),
+}
 TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -38,6 +42,11 @@ STEP = re.compile(r"^\s*(?:@\S+\s+)?(?!ld\.|atom\.)[a-z]\S*\s+(%rd\d+),(.*)", re
 COPY = re.compile(r"\bcp\.async\.c[ag]\.\S+ \[[^]]+\], \[ *(%rd\d+)[^]]*\], (\w+)")
 ACCESS = re.compile(r"\b(?:ld|st|atom|red)\.global\S*?(?:\.v(\d))?\.[busf](\d+)\s[^[]*\[ *(%rd\d+)")
 PRODUCT = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async)\.")
+
+
+def layouts(D: int) -> list[str]:
+    """Those in which heads of D are looked at: channels-first are EfficientViT's and DC-AE's."""
+    return [name for name in LAYOUTS if D <= 32 or name != "channels_first"]
 
 
 class Arguments(NamedTuple):
@@ -86,10 +95,8 @@ def launches(
     from fbila.ops.kernels.launch import Launch
 
     order = LAYOUTS[layout]
-    sizes = [(2, 3, tokens)[axis] for axis in order]
-    q, k, v, do = (
-        torch.zeros(*sizes, D, dtype=torch.bfloat16).permute(*order, 3) for _ in range(4)
-    )
+    sizes = [(2, 3, tokens, D)[axis] for axis in order]
+    q, k, v, do = (torch.zeros(sizes, dtype=torch.bfloat16).permute(order) for _ in range(4))
     inputs = {q.data_ptr(): "q", k.data_ptr(): "k"}
     made = {}
 
@@ -194,7 +201,7 @@ def main(head_dims: list[int]) -> None:
     compiled: dict[str, dict[str, Any]] = {}
     result: dict[str, dict[str, Any]] = {}
     for D in head_dims:
-        for layout in LAYOUTS:
+        for layout in layouts(D):
             kernels = result[f"{layout} {D}"] = {}
             # Short sequences have a kernel of their own.
             found = launches(D, layout, 64) | launches(D, layout, 320)

@@ -105,6 +105,9 @@ def test_output_lies_in_memory_as_the_query_does(variant, impl):
         assert o.stride() == (N * H * V, V, H * V, 1)
         merged = o.transpose(1, 2).flatten(2)
         assert merged.data_ptr() == o.data_ptr() and merged.shape == (B, N, H * V)
+    o = variant(LAYOUTS["token_contiguous"](q), k, v, impl=impl)
+    picture = o.transpose(2, 3).flatten(1, 2)
+    assert picture.data_ptr() == o.data_ptr() and picture.is_contiguous()
     # The keys have no say.
     assert variant(q, *(LAYOUTS["token_major"](x) for x in (k, v)), impl=impl).is_contiguous()
 

@@ -32,8 +32,9 @@ SPILLS = {
     ("grad_feature_kernel of k", 160): 488,
 }
 
-each_head_dim = pytest.mark.parametrize("D", sorted(sum(HALVES, ())))
-each_layout = pytest.mark.parametrize("layout", sm_90.LAYOUTS)
+each_kernel = pytest.mark.parametrize(
+    ("layout", "D"), [(name, D) for D in sorted(sum(HALVES, ())) for name in sm_90.layouts(D)]
+)
 
 
 def start(*arguments) -> subprocess.Popen:
@@ -64,8 +65,7 @@ def kernels():
     return examined
 
 
-@each_head_dim
-@each_layout
+@each_kernel
 def test_all_passes_are_seen(layout, D, kernels):
     names = kernels[f"{layout} {D}"].keys()
     assert names >= {"state_kernel of k", "output_kernel of q"}
@@ -77,8 +77,7 @@ def test_all_passes_are_seen(layout, D, kernels):
     assert k or "grad_key_kernel of k" in names
 
 
-@each_head_dim
-@each_layout
+@each_kernel
 def test_tiles_are_moved_16_bytes_at_a_time(layout, D, kernels):
     for name, kernel in kernels[f"{layout} {D}"].items():
         assert len(kernel["tiles"]) >= 2
@@ -87,15 +86,13 @@ def test_tiles_are_moved_16_bytes_at_a_time(layout, D, kernels):
             assert sum(sizes) >= kernel["share"], f"{name}: {tensor}, {len(sizes)} accesses"
 
 
-@each_head_dim
-@each_layout
+@each_kernel
 def test_products_are_on_the_tensor_cores(layout, D, kernels):
     for name, kernel in kernels[f"{layout} {D}"].items():
         assert kernel["products"] > 0, name
 
 
-@each_head_dim
-@each_layout
+@each_kernel
 def test_shared_memory_suffices(layout, D, kernels):
     for name, kernel in kernels[f"{layout} {D}"].items():
         assert kernel["shared"] <= SHARED_MEMORY, name
@@ -110,8 +107,7 @@ def test_shared_memory_suffices_for_the_widest_heads_with_rotary():
     not triton.__version__.startswith(SPILLS_TRITON) or not sm_90.CUOBJDUMP.exists(),
     reason=f"spills were measured with Triton {SPILLS_TRITON}x and its own cuobjdump",
 )
-@each_head_dim
-@each_layout
+@each_kernel
 def test_nothing_is_spilled_but_what_is_known(layout, D, kernels):
     stacks = {name: kernel["stack"] for name, kernel in kernels[f"{layout} {D}"].items()}
     for name, stack in stacks.items():

@@ -56,12 +56,12 @@ def grad_feature_kernel(
     K0: tl.constexpr, K1: tl.constexpr, KB: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     GROUPS: tl.constexpr,
     ORDER_X: tl.constexpr, ORDER_Y: tl.constexpr, ORDER_G: tl.constexpr, UNIT: tl.constexpr,
-    SAME: tl.constexpr,
+    SAME: tl.constexpr, GRAIN: tl.constexpr,
     FEATURE_MAP: tl.constexpr, POWER: tl.constexpr, ROTARY: tl.constexpr,
     NORMALIZE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_b, i_h, i_x, start, end, row = locate(cu, H, N, chunk, splits)
+    i_b, i_h, i_x, start, end, row = locate(cu, H, N, chunk, splits, GRAIN)
     i_bh = i_b * H + i_h
     factor = mean_factor(factor, count, i_x, ACC)
     if weight is not None:
@@ -239,6 +239,7 @@ def plan_grad_feature(
             "ORDER_G": layout.orders[2],
             "UNIT": layout.unit,
             "SAME": layout.same and tiling.uniform,
+            "GRAIN": layout.grain,
             "FEATURE_MAP": feature_map,
             "POWER": side.power,
             "ROTARY": side.rotary,

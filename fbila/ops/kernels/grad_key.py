@@ -53,12 +53,12 @@ def grad_key_kernel(
     BLOCK_M: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, KB: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     ORDER_K: tl.constexpr, ORDER_V: tl.constexpr, ORDER_F: tl.constexpr, ORDER_G: tl.constexpr,
-    UNIT: tl.constexpr, SAME: tl.constexpr,
+    UNIT: tl.constexpr, SAME: tl.constexpr, GRAIN: tl.constexpr,
     FEATURE_MAP: tl.constexpr, POWER: tl.constexpr, ROTARY: tl.constexpr,
     NORMALIZE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_b, i_h, i_x, start, end, _ = locate(cu, H, M, run, runs)
+    i_b, i_h, i_x, start, end, _ = locate(cu, H, M, run, runs, GRAIN)
     factor = mean_factor(factor, count, i_x, ACC)
     if weight is not None:
         weight += i_b * stride_wb + i_h * stride_wh
@@ -200,6 +200,7 @@ def plan_grad_key(
             "ORDER_G": layout.orders[3],
             "UNIT": layout.unit,
             "SAME": layout.same and tiling.uniform,
+            "GRAIN": layout.grain,
             "FEATURE_MAP": feature_map,
             "POWER": side.power,
             "ROTARY": side.rotary,

@@ -58,12 +58,12 @@ def grad_query_kernel(
     BLOCK_N: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, KB: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     ORDER_Q: tl.constexpr, ORDER_O: tl.constexpr, ORDER_G: tl.constexpr, UNIT: tl.constexpr,
-    SAME: tl.constexpr,
+    SAME: tl.constexpr, GRAIN: tl.constexpr,
     FEATURE_MAP: tl.constexpr, POWER: tl.constexpr, ROTARY: tl.constexpr,
     NORMALIZE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_b, i_h, i_x, start, end, row = locate(cu, H, N, chunk, splits)
+    i_b, i_h, i_x, start, end, row = locate(cu, H, N, chunk, splits, GRAIN)
     i_bh = i_b * H + i_h
     factor = mean_factor(factor, count, i_x, ACC)
     if table is not None:
@@ -224,6 +224,7 @@ def plan_grad_query(
             "ORDER_G": layout.orders[2],
             "UNIT": layout.unit,
             "SAME": layout.same and tiling.uniform,
+            "GRAIN": layout.grain,
             "FEATURE_MAP": feature_map,
             "POWER": side.power,
             "ROTARY": side.rotary,

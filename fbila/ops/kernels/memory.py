@@ -18,12 +18,15 @@ class Layout(NamedTuple):
     unit: elements that divide every other stride, at most 16 bytes of them.
     strides: all four strides of each tensor in turn, in units (in elements where "any").
     same: whether all tensors step alike from token to token and along the head dim.
+    grain: tokens that are there or not together: where they are contiguous, what divides their
+        number, at most 16 bytes.
     """
 
     orders: tuple[str, ...]
     unit: int
     strides: tuple[int, ...]
     same: bool
+    grain: int
 
     @staticmethod
     def of(itemsize: int, *tensors: Axes) -> "Layout":
@@ -42,6 +45,7 @@ class Layout(NamedTuple):
                   for order, own in zip(orders, strides, strict=True) for s in own),
             all(x.shape[3] == tensors[0].shape[3] and own[2:] == strides[0][2:]
                 for x, own in zip(tensors, strides, strict=True)),
+            math.gcd(unit, *(x.shape[2] for x in tensors)) if "tokens" in orders else 1,
         )  # fmt: skip
 
 

@@ -48,11 +48,12 @@ def output_kernel(
     BLOCK_N: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, KB: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     ORDER_Q: tl.constexpr, ORDER_O: tl.constexpr, UNIT: tl.constexpr, SAME: tl.constexpr,
+    GRAIN: tl.constexpr,
     FEATURE_MAP: tl.constexpr, POWER: tl.constexpr, ROTARY: tl.constexpr,
     NORMALIZE: tl.constexpr, MEAN: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_b, i_h, i_x, start, end, _ = locate(cu, H, N, run, runs)
+    i_b, i_h, i_x, start, end, _ = locate(cu, H, N, run, runs, GRAIN)
     first_v = tl.program_id(1) * (V0 + V1)
     factor = mean_factor(factor, count if MEAN else None, i_x, ACC)
     eps = tl.full((), eps, ACC)
@@ -188,6 +189,7 @@ def plan_output(
             "ORDER_O": layout.orders[1],
             "UNIT": layout.unit,
             "SAME": layout.same and tiling.uniform,
+            "GRAIN": layout.grain,
             "FEATURE_MAP": feature_map,
             "POWER": side.power,
             "ROTARY": side.rotary,

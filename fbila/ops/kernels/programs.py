@@ -13,18 +13,23 @@ import triton.language as tl
 
 
 @triton.jit
-def locate(cu, H, N, chunk, splits):
+def locate(cu, H, N, chunk, splits, GRAIN: tl.constexpr):
     """(batch, head, batch of the state, first token, end, row of the partial sums).
 
     `splits` programs share a head's tokens; with `cu` it is the number of sequences, which the
-    states are of.
+    states are of. GRAIN divides N, and more than 1 makes that plain to the compiler: where tokens
+    are contiguous, 16 bytes are several of them, which must be there or not together.
     """
     i = tl.program_id(0).to(tl.int64)
     i_h = i % H
     if cu is None:
         i_b, i_s = i // H // splits, i // H % splits
+        if GRAIN > 1:
+            # A chunk is a number of blocks, which are 16 tokens at least.
+            chunk = chunk // 16 * 16
         start = i_s.to(tl.int32) * chunk
-        return i_b, i_h, i_b, start, tl.minimum(start + chunk, N), (i_b * H + i_h) * splits + i_s
+        end = tl.minimum(start + chunk, N) // GRAIN * GRAIN
+        return i_b, i_h, i_b, start, end, (i_b * H + i_h) * splits + i_s
     else:
         slot = (i // H).to(tl.int32)
         # The last sequence whose first slot is not beyond this one.

@@ -44,7 +44,7 @@ def short_kernel(
     BLOCK_N: tl.constexpr,
     K0: tl.constexpr, V0: tl.constexpr,
     ORDER_Q: tl.constexpr, ORDER_K: tl.constexpr, ORDER_V: tl.constexpr, ORDER_O: tl.constexpr,
-    UNIT: tl.constexpr, SAME: tl.constexpr,
+    UNIT: tl.constexpr, SAME: tl.constexpr, GRAIN: tl.constexpr,
     FEATURE_MAP: tl.constexpr, NORMALIZE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -61,6 +61,8 @@ def short_kernel(
         o_q = tile_offset(stride_qn, stride_qd, 0, BLOCK_N, K0, ORDER_Q, UNIT)
         o_o = tile_offset(stride_on, stride_od, 0, BLOCK_N, V0, ORDER_O, UNIT)
     dtype: tl.constexpr = q.dtype.element_ty
+    # As in `programs.locate`.
+    N, M = N // GRAIN * GRAIN, M // GRAIN * GRAIN
 
     b_s = tl.zeros((K0, V0), dtype=ACC)
     # Kept two-dimensional until the end: one reduction over tokens instead of one a block.
@@ -157,6 +159,7 @@ def plan_short(
             "ORDER_O": layout.orders[3],
             "UNIT": layout.unit,
             "SAME": layout.same and tiling.uniform,
+            "GRAIN": layout.grain,
             "FEATURE_MAP": feature_map,
             "NORMALIZE": normalize,
             "ACC": Tiling.acc(dtype),

@@ -49,10 +49,11 @@ def state_kernel(
     BLOCK_M: tl.constexpr, PARTS: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, KB: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     ORDER_K: tl.constexpr, ORDER_V: tl.constexpr, UNIT: tl.constexpr, SAME: tl.constexpr,
+    GRAIN: tl.constexpr,
     FEATURE_MAP: tl.constexpr, POWER: tl.constexpr, ROTARY: tl.constexpr, SUM_KEYS: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_b, i_h, _, start, end, row = locate(cu, H, M, chunk, splits)
+    i_b, i_h, _, start, end, row = locate(cu, H, M, chunk, splits, GRAIN)
     k += head_offset(i_b, i_h, stride_kb, stride_kh, ORDER_K, UNIT)
     v += head_offset(i_b, i_h, stride_vb, stride_vh, ORDER_V, UNIT)
     if weight is not None:
@@ -183,6 +184,7 @@ def plan_state(
             "ORDER_V": layout.orders[1],
             "UNIT": layout.unit,
             "SAME": layout.same and tiling.uniform,
+            "GRAIN": layout.grain,
             "FEATURE_MAP": feature_map,
             "POWER": side.power,
             "ROTARY": side.rotary,
