@@ -1,6 +1,7 @@
 """Token mixers as `nn.Module`s: one published method a file."""
 
+from .focused import FocusedLinearAttention
 from .linear_attention import LinearAttention
 from .linfusion import GeneralizedLinearAttention
 
-__all__ = ["GeneralizedLinearAttention", "LinearAttention"]
+__all__ = ["FocusedLinearAttention", "GeneralizedLinearAttention", "LinearAttention"]
