@@ -3,5 +3,11 @@
 from .focused import FocusedLinearAttention
 from .linear_attention import LinearAttention
 from .linfusion import GeneralizedLinearAttention
+from .mlla import MLLALinearAttention
 
-__all__ = ["FocusedLinearAttention", "GeneralizedLinearAttention", "LinearAttention"]
+__all__ = [
+    "FocusedLinearAttention",
+    "GeneralizedLinearAttention",
+    "LinearAttention",
+    "MLLALinearAttention",
+]
