@@ -13,6 +13,7 @@ from .ops import (
 )
 
 if TYPE_CHECKING:
+    from .adapters.acceleration import accelerate
     from .adapters.linfusion import LinFusion
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "Rotary",
     "State",
     "__version__",
+    "accelerate",
     "focused_la",
     "linear_attn",
     "linear_attn_apply",
@@ -35,6 +37,10 @@ def __getattr__(name: str) -> Any:
         from .adapters.linfusion import LinFusion
 
         return LinFusion
+    if name == "accelerate":
+        from .adapters.acceleration import accelerate
+
+        return accelerate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -10,6 +10,7 @@ from .report import AdapterError, Entry, LayerDrift, SwapReport
 from .swap import SwapHandle, get_handle, unswap
 
 if TYPE_CHECKING:
+    from .acceleration import accelerate
     from .blocks import fused_blocks
     from .diffusers import plan
     from .linfusion import LinFusion
@@ -22,6 +23,7 @@ __all__ = [
     "LinFusion",
     "SwapHandle",
     "SwapReport",
+    "accelerate",
     "fused_blocks",
     "get_handle",
     "low_memory",
@@ -35,6 +37,10 @@ def __getattr__(name: str) -> Any:
         from .linfusion import LinFusion
 
         return LinFusion
+    if name == "accelerate":
+        from .acceleration import accelerate
+
+        return accelerate
     if name == "fused_blocks":
         from .blocks import fused_blocks
 

@@ -27,9 +27,9 @@ def beside(
         # Not through its hooks, which may be those of the original.
         actual = modules[name].forward(*args, **kwargs).double()
         difference = (actual - expected.double()).norm() / expected.double().norm()
-        drifts.append(
-            LayerDrift(name, expected.shape[1], difference.item(), bool(actual.isfinite().all()))
-        )
+        # (B, N, C), or a picture (B, C, height, width).
+        tokens = expected.shape[1] if expected.dim() == 3 else expected[0, 0].numel()
+        drifts.append(LayerDrift(name, tokens, difference.item(), bool(actual.isfinite().all())))
 
     hooks = [
         module.register_forward_hook(

@@ -4,6 +4,7 @@ What happens to one of the two happens to the other: moving, casting, training, 
 projection, a hook. So nothing has to go over when they change places.
 """
 
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from torch import nn
@@ -20,9 +21,32 @@ def over(original: nn.Module, kind: type[M], **attributes: Any) -> M:
     return twin
 
 
+def replacements(
+    model: nn.Module, names: Iterable[str], make: Callable[[str, nn.Module], nn.Module]
+) -> dict[str, nn.Module]:
+    """`make(name, module)` for each of the modules; one that is in several places gets one."""
+    made: dict[int, nn.Module] = {}
+    modules = {}
+    for name in names:
+        original = model.get_submodule(name)
+        if id(original) not in made:
+            made[id(original)] = make(name, original)
+        modules[name] = made[id(original)]
+    return modules
+
+
 def share(one: nn.Module, other: nn.Module) -> bool:
     """Whether the two hold their parameters and children in common."""
     return vars(one)["_modules"] is vars(other)["_modules"]
+
+
+def keep_up(leaving: nn.Module, coming: nn.Module) -> None:
+    """Gives `coming` what `leaving` was told since they changed places: mode, processor, and so on.
+
+    What only one of the two has is its own. Children, which both hold, are not gone into.
+    """
+    state = vars(coming)
+    state.update({name: value for name, value in vars(leaving).items() if name in state})
 
 
 def own_forward(module: nn.Module) -> bool:

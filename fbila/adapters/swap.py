@@ -19,7 +19,7 @@ from .hooks import hooked, offloading_put_on_again, placement
 from .lora import has_tuner
 from .processors import carry_processor
 from .report import AdapterError, LayerDrift, SwapReport
-from .shared import require_own_forward, share
+from .shared import keep_up, require_own_forward, share
 
 _HANDLE = "_fbila_handle"
 
@@ -145,8 +145,7 @@ class SwapHandle:
             for name, module in leaving.items():
                 require_own_forward(name, module)
             for name, module in leaving.items():
-                # Not of its children too, which are in the model all the time.
-                coming[name].training = module.training
+                keep_up(module, coming[name])
                 self._take_place(name, module, coming[name])
             return
         if self._untouched():

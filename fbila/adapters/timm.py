@@ -7,7 +7,7 @@
 or from the start, `timm.create_model(..., attn_layer=LinearAttention)`. docs/hosts.md has the rest.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -16,7 +16,7 @@ from ..ops.feature_maps import FEATURE_MAPS
 from .own_layer import AttentionSpec, make_layer
 from .report import AdapterError, SwapReport, require_match
 from .selection import Selection, Selector
-from .shared import over
+from .shared import over, replacements
 from .swap import SwapHandle, get_handle, swap_modules, unwrap
 from .timm_attention import LINEAR, LinearAttention, warn_of_dropout
 from .timm_found import Choice, find, settings_of, spec_of
@@ -76,20 +76,21 @@ def swap(
             "fbila.adapters.unswap(model)."
         )
     require_match(report, "fbila.adapters.timm.plan")
+    names = [entry.name for entry in report.swapped]
     if not isinstance(attention, str):
         if min_tokens:
             raise AdapterError(
                 f"min_tokens={min_tokens} is for attention with the model's own weights, by the "
                 f"name of a feature map. {report.swapped[0].target} has others, not for softmax."
             )
-        modules = _replacements(
-            model, report, lambda name, _: make_layer(spec_of(model, name), attention)
+        modules = replacements(
+            model, names, lambda name, _: make_layer(spec_of(model, name), attention)
         )
         return swap_modules(model, modules, _sized(report, model, modules), settings_of(model))
     options = {"feature_map": attention, "min_tokens": min_tokens}
-    modules = _replacements(
+    modules = replacements(
         model,
-        report,
+        names,
         lambda name, module: over(module, LINEAR[type(module)], name=name, **options),
     )
     warn_of_dropout(next(iter(modules.values())))
@@ -124,20 +125,6 @@ def plan(
             f"attention must be a layer class, a factory or one of {names}, got {attention!r}."
         )
     return find(unwrap(model), attention, Selection(include, exclude, layers))
-
-
-def _replacements(
-    model: nn.Module, report: SwapReport, make: Callable[[str, nn.Module], nn.Module]
-) -> dict[str, nn.Module]:
-    """One module for each that the report names; one that is in several places gets one."""
-    made: dict[int, nn.Module] = {}
-    modules = {}
-    for entry in report.swapped:
-        original = model.get_submodule(entry.name)
-        if id(original) not in made:
-            made[id(original)] = make(entry.name, original)
-        modules[entry.name] = made[id(original)]
-    return modules
 
 
 def _sized(report: SwapReport, model: nn.Module, modules: Mapping[str, nn.Module]) -> SwapReport:

@@ -1,0 +1,45 @@
+"""The multi-scale linear attention of timm's EfficientViT (MIT), `LiteMLA`, by fbila's kernels.
+
+    t_0 = W x           t_s = W_s dwconv_s(t_0), a scale more for each s
+    y   = W_o [relu_attention(heads of t_0), relu_attention(heads of t_s), ...]
+
+x and y are `(B, C, height, width)`. Of NCHW pictures the heads are `(B, H, D, N)`, tokens side by
+side, and are read so; of channels_last ones `(B, N, H, D)`.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from ..ops.autocast import without_autocast
+from .host import host
+from .relu_attention import attend_picture, join_heads, why_not_relu
+
+with host("timm"):
+    from timm.layers import register_notrace_module
+    from timm.models.efficientvit_mit import LiteMLA
+
+
+@register_notrace_module
+class FastLiteMLA(LiteMLA):
+    """timm's `LiteMLA` without its float32 copies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mixes the positions of `x` `(B, C, height, width)`."""
+        qkv = self.qkv(x)
+        scales = [qkv, *(aggregate(qkv) for aggregate in self.aggreg)]
+        # In float32 autocast would round what timm does not.
+        with without_autocast(qkv):
+            outputs = [attend_picture(scale, self.dim, self.eps) for scale in scales]
+        return self.proj(join_heads(outputs, (x.shape[2], x.shape[3])))
+
+    @staticmethod
+    def why_not(module: Any) -> str:
+        """Why one of the class is none that this computes; `""` if it is one."""
+        return why_not_relu(module.kernel_func)
+
+    @staticmethod
+    def shape(module: Any) -> tuple[int, int]:
+        """Heads of all scales and their channels."""
+        channels = module.qkv.conv.out_channels
+        return (1 + len(module.aggreg)) * channels // (3 * module.dim), module.dim

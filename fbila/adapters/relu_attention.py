@@ -1,0 +1,57 @@
+"""Linear attention with ReLU, as Sana, DC-AE and EfficientViT have it, for their fast forwards.
+
+    o_i = relu(q_i) (sum_j relu(k_j)^T v_j) / (relu(q_i) . sum_j relu(k_j) + eps)
+
+Their own code makes float32 copies of q, k and v, and appends a channel of ones to v, whose output
+is the denominator. Here they are read as they are, in half precision too, and summed in float32.
+"""
+
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import linear_attn
+from ..ops.layout import is_channels_first
+
+
+def relu_attention(
+    q: Tensor, k: Tensor, v: Tensor, eps: float, rotary: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Attention of `(B, H, N, D)` with `eps` beside the sum; as q in memory.
+
+    Args:
+        rotary: cos and sin `(N, D / 2)` that turn neighbouring channels of relu(q) and relu(k), in
+            the numerator alone.
+    """
+    # Where norms of q and k keep float32 weights in a model of half precision, v alone is half.
+    dtype = reduce(torch.promote_types, (q.dtype, k.dtype, v.dtype))
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    return linear_attn(q, k, v, feature_map="relu", normalizer="sum", eps=eps, rotary=rotary)
+
+
+def attend_picture(qkv: Tensor, head_dim: int, eps: float) -> Tensor:
+    """`relu_attention` `(B, H, N, D)` of a picture `(B, H * 3 * D, height, width)`, read in place.
+
+    The channels of a head are its query, key and value in turn.
+    """
+    heads = qkv.flatten(2).unflatten(1, (-1, 3 * head_dim)).transpose(2, 3)
+    q, k, v = heads.chunk(3, dim=3)
+    return relu_attention(q, k, v, eps)
+
+
+def join_heads(outputs: list[Tensor], size: tuple[int, int]) -> Tensor:
+    """A picture `(B, H * D, height, width)` of the heads of all `outputs` `(B, H, N, D)`.
+
+    In channels_last unless all of them are channels-first, so that one alone is not copied.
+    """
+    if all(is_channels_first(o) for o in outputs):
+        return torch.cat([o.transpose(2, 3) for o in outputs], 1).flatten(1, 2).unflatten(2, size)
+    tokens = torch.cat([o.transpose(1, 2) for o in outputs], 2)
+    return tokens.flatten(2).unflatten(1, size).permute(0, 3, 1, 2)
+
+
+def why_not_relu(nonlinearity: nn.Module) -> str:
+    """Why a module with this feature map stays; `""` if it is ReLU."""
+    kind = type(nonlinearity)
+    return "" if kind is nn.ReLU else f"has the feature map {kind.__name__}, not ReLU"
