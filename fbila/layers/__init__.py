@@ -5,8 +5,10 @@ from .linear_attention import LinearAttention
 from .linfusion import GeneralizedLinearAttention
 from .mlla import MLLALinearAttention
 from .polaformer import PolaLinearAttention
+from .rala import RALA
 
 __all__ = [
+    "RALA",
     "FocusedLinearAttention",
     "GeneralizedLinearAttention",
     "LinearAttention",

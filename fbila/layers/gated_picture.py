@@ -1,0 +1,67 @@
+"""The layer around RALA and MALA, which differ in how tokens are mixed.
+
+    q, k, v, g = split(W_qkvo x)          y = W_proj ((mix(q, k, v) + dwc(v)) * g)
+
+x, y: `(B, C, H, W)`; the projections are 1 x 1 convolutions, dwc a depthwise 5 x 5 one (LePE), and
+the gate g has no activation.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..ops import Rotary
+from .axial_rotary import AxialRotary, check_pairs
+from .checks import check_heads
+
+
+class GatedPictureAttention(nn.Module):
+    """What is not the mixing: a subclass has `mix`.
+
+    Args:
+        dim: Channels C.
+        num_heads: Heads; must divide `dim` into multiples of 4.
+
+    Raises:
+        ValueError: If it does not.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        check_heads(dim, num_heads)
+        check_pairs("dim / num_heads", dim // num_heads)
+        factory = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkvo = nn.Conv2d(dim, 4 * dim, 1, **factory)
+        self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **factory)
+        self.proj = nn.Conv2d(dim, dim, 1, **factory)
+        # A frequency's last step is the end point itself, and all heads have the same.
+        self.rope = AxialRotary(dim // num_heads, endpoint=True)
+
+    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
+        """Mixes the positions of a picture.
+
+        Args:
+            x: `(B, C, H, W)`, of any H and W.
+            rotary: What `rope(H, W, x)` returns, to make it once for several layers.
+
+        Returns:
+            `(B, C, H, W)`.
+        """
+        H, W = x.shape[2:]
+        qkvo = self.qkvo(x)
+        # (B, heads, N, d) views of what the convolution wrote, in whichever order, read in place.
+        q, k, v, _ = qkvo.flatten(2).unflatten(1, (4, self.num_heads, -1)).mT.unbind(1)
+        out = self.mix(q, k, v, self.rope(H, W, x) if rotary is None else rotary)
+        _, _, values, gate = qkvo.chunk(4, 1)
+        # A view likewise: the operators answer in the memory order of q.
+        out = out.mT.flatten(1, 2).unflatten(2, (H, W)) + self.lepe(values)
+        return self.proj(out * gate)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, rotary: Any) -> Tensor:
+        """`(B, heads, N, d)` of q, k and v of that shape."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}"
