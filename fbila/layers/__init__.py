@@ -3,11 +3,13 @@
 from .focused import FocusedLinearAttention
 from .linear_attention import LinearAttention
 from .linfusion import GeneralizedLinearAttention
+from .mala import MALA
 from .mlla import MLLALinearAttention
 from .polaformer import PolaLinearAttention
 from .rala import RALA
 
 __all__ = [
+    "MALA",
     "RALA",
     "FocusedLinearAttention",
     "GeneralizedLinearAttention",
