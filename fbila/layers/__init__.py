@@ -6,6 +6,7 @@ from .linfusion import GeneralizedLinearAttention
 from .mala import MALA
 from .mlla import MLLALinearAttention
 from .polaformer import PolaLinearAttention
+from .polaformer_pp import PolaPPAttention
 from .rala import RALA
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "LinearAttention",
     "MLLALinearAttention",
     "PolaLinearAttention",
+    "PolaPPAttention",
 ]

@@ -1,0 +1,136 @@
+"""PolaFormer++'s token mixer: signs kept apart as in PolaFormer, and exponential features.
+
+    phi(x; s) = exp(s * [relu(x), relu(-x)]) - 1        s_1, s_2: of each feature, in (0, 1)
+    o = [LA(phi(q; s_1), phi(k; 1), v_1), LA(phi(-q; s_2), phi(k; 1), v_2)]        v = [v_1, v_2]
+    y = W_proj ((o + dwc(v)) * g)
+
+x, y: `(B, N, C)`; LA is `linear_attn` with eps = 1e-6 and, in its numerator, a rotary embedding of
+the 2 d features of a head: the first half of them, the positive parts, turns by the row of the
+token and the second by its column. The gate g is a linear map of x without activation, dwc a
+depthwise 5 x 5 convolution over the grid (LePE).
+Meng et al., "PolaFormer++: Polarity-aware Linear Attention with Channel-wise Spikiness", in the code
+of ZacharyMeng/PolaFormerPP.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import Rotary, linear_attn
+from .axial_rotary import AxialRotary
+from .checks import check_even_head_dim
+from .grid import as_grid, as_tokens, grid_of, heads_of
+from .polarity import join_halves, restore_sign, widen
+
+LARGEST_EXPONENT = math.log(torch.finfo(torch.float16).max)
+
+
+class PolaPPAttention(nn.Module):
+    """The attention layer of PolaFormer++, `(B, N, C)` to `(B, N, C)`, over a grid of any H and W.
+
+    Parameters bear the names and shapes of the official models, whose weights load with
+    `strict=True`: `PolaLinearAttention` of the classifiers, `AddLinearAttention` in detection and
+    segmentation, and `PolaPPAttention` of DiT, which has no rotary embedding. A picture
+    `(B, C, H, W)`, as the first two are given, is `x.flatten(2).transpose(1, 2)` here.
+
+    In float16, features beyond its range are taken as its largest number.
+
+    Args:
+        dim: Channels C.
+        num_heads: Heads; must divide `dim` into an even number of channels.
+        qkv_bias: Adds a bias to the projection of queries, keys, values and gate; the official
+            models have it.
+        rotary: Whether the numerator is rotated.
+
+    Raises:
+        ValueError: If `num_heads` does not divide `dim`, or the heads are of odd width.
+
+    Example:
+        >>> import torch
+        >>> layer = PolaPPAttention(64, num_heads=2)
+        >>> layer(torch.randn(2, 7 * 5, 64), 7, 5).shape
+        torch.Size([2, 35, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        *,
+        rotary: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        check_even_head_dim(dim, num_heads, "its values are of two halves, one for each polarity")
+        self.num_heads = num_heads
+        factory = {"device": device, "dtype": dtype}
+        features = 2 * dim // num_heads
+        self.qkvg = nn.Linear(dim, 4 * dim, bias=qkv_bias, **factory)
+        self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **factory)
+        self.proj = nn.Linear(dim, dim, **factory)
+        self.s1 = nn.Parameter(torch.zeros(1, num_heads, 1, features, **factory))
+        self.s2 = nn.Parameter(torch.zeros(1, num_heads, 1, features, **factory))
+        self.rope = AxialRotary(features, endpoint=True) if rotary else None
+
+    def forward(
+        self,
+        x: Tensor,
+        H: int | None = None,
+        W: int | None = None,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        """Mixes the tokens of a grid.
+
+        Args:
+            x: `(B, N, C)`, N = H * W.
+            H, W: Rows and columns; without them the tokens are a square.
+            rotary: What `rope(H, W, x)` returns, to make it once for several layers.
+
+        Returns:
+            `(B, N, C)`.
+
+        Raises:
+            ValueError: If N is not H * W.
+        """
+        H, W = grid_of(x.shape[1], H, W)
+        if rotary is None and self.rope is not None:
+            rotary = self.rope(H, W, x)
+        q, k, v, gate = self.qkvg(x).chunk(4, -1)
+        heads = self.num_heads
+        out = self.attend(heads_of(q, heads), heads_of(k, heads), heads_of(v, heads), rotary)
+        out = out + as_tokens(self.lepe(as_grid(v, H, W)))
+        return self.proj(out * gate)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rotary: Any) -> Tensor:
+        """o, `(B, N, C)`, of q, k and v `(B, heads, N, d)`."""
+        k = spikes(k)
+        v_same, v_opposite = v.chunk(2, -1)
+        options: dict[str, Any] = {"feature_map": "signed", "eps": 1e-6, "rotary": rotary}
+        same = linear_attn(spikes(q, self.s1), k, v_same, **options)
+        opposite = linear_attn(spikes(-q, self.s2), k, v_opposite, **options)
+        return join_halves(same, opposite)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}"
+
+
+def spikes(x: Tensor, sharpness: Tensor | None = None) -> Tensor:
+    """`sign(x) (exp(s |x|) - 1)`, of which the op's "signed" features are phi(x; s).
+
+    Args:
+        x: `(B, heads, N, d)`.
+        sharpness: `(1, heads, 1, 2 d)`, before the sigmoid that makes s of it: of the positive
+            parts, then of the negative ones. None: s = 1.
+    """
+    exponent = widen(x).abs()
+    if sharpness is not None:
+        positive, negative = torch.sigmoid(widen(sharpness)).chunk(2, -1)
+        exponent = exponent * torch.where(x > 0, positive, negative)
+    if x.dtype == torch.float16:
+        # Before exp, whose gradient at infinity would be NaN.
+        exponent = exponent.clamp(max=LARGEST_EXPONENT)
+    return restore_sign(torch.expm1(exponent), x)
