@@ -8,6 +8,7 @@ from .mlla import MLLALinearAttention
 from .polaformer import PolaLinearAttention
 from .polaformer_pp import PolaPPAttention
 from .rala import RALA
+from .vssd import NonCausalSSD
 
 __all__ = [
     "MALA",
@@ -16,6 +17,7 @@ __all__ = [
     "GeneralizedLinearAttention",
     "LinearAttention",
     "MLLALinearAttention",
+    "NonCausalSSD",
     "PolaLinearAttention",
     "PolaPPAttention",
 ]

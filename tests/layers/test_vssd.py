@@ -1,0 +1,133 @@
+"""VSSD's layer is its formula on any grid, and has the official parameters."""
+
+import doctest
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from vision_contracts import (
+    Capture,
+    assert_compiles,
+    assert_formula,
+    assert_kernels_agree,
+    assert_serves,
+)
+
+from fbila.layers import NonCausalSSD, vssd
+
+# dim 32, 4 heads: 64 channels of values, 16 of q and of k.
+SHAPES = {
+    "in_proj.weight": (64 + 64 + 16 + 16 + 4, 32),
+    "conv2d.weight": (96, 1, 3, 3),
+    "conv2d.bias": (96,),
+    "dt_bias": (4,),
+    "A_log": (4,),
+    "D": (4,),
+    "norm.weight": (64,),
+    "norm.bias": (64,),
+    "out_proj.weight": (32, 64),
+}
+
+
+def make(dim: int = 32, heads: int = 4, **settings) -> NonCausalSSD:
+    torch.manual_seed(0)
+    return NonCausalSSD(dim, heads, **{"d_state": 16, **settings})
+
+
+def by_hand(p: dict[str, torch.Tensor], x: torch.Tensor, h: int, w: int, *, heads: int):
+    """The published formula, head by head and with an explicit (N, N) matrix."""
+    b, dim = x.shape[0], x.shape[2]
+    states = (p["conv2d.weight"].shape[0] - 2 * dim) // 2
+    z, u, dt = (x @ p["in_proj.weight"].T).split((2 * dim, 2 * dim + 2 * states, heads), -1)
+    picture = u.transpose(1, 2).reshape(b, -1, h, w)
+    weight = p["conv2d.weight"]
+    u = F.conv2d(picture, weight, p["conv2d.bias"], padding=1, groups=weight.shape[0])
+    u = (u * u.sigmoid()).flatten(2).transpose(1, 2)
+    v, k, q = u.split((2 * dim, states, states), -1)
+    step = torch.log1p(torch.exp(dt + p["dt_bias"]))
+    scores = q @ k.transpose(1, 2)
+    outs = []
+    for head, values in enumerate(v.chunk(heads, -1)):
+        gain = step[..., head] * p["A_log"][head].exp()
+        outs.append((scores * gain[:, None]) @ values + p["D"][head] * values)
+    o = torch.cat(outs, -1)
+    o = (o - o.mean(-1, keepdim=True)) / (o.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+    return ((o * p["norm.weight"] + p["norm.bias"]) * z) @ p["out_proj.weight"].T
+
+
+@pytest.mark.parametrize(
+    ("dim", "heads", "states", "h", "w"),
+    [(32, 4, 16, 5, 7), (24, 3, 5, 4, 4), (20, 2, 8, 1, 3), (32, 2, 64, 9, 6)],
+)
+def test_formula(dim, heads, states, h, w):
+    layer = make(dim, heads, d_state=states)
+    assert_formula(layer, by_hand, torch.randn(2, h * w, dim), h, w, heads=heads)
+
+
+def test_names_and_shapes():
+    assert {n: tuple(p.shape) for n, p in make().state_dict().items()} == SHAPES
+    biased = make(bias=True, conv_bias=False).state_dict()
+    assert set(biased) - set(SHAPES) == {"in_proj.bias", "out_proj.bias"}
+    assert set(SHAPES) - set(biased) == {"conv2d.bias"}
+
+
+def test_a_square_needs_no_size():
+    layer, x = make(), torch.randn(1, 9, 32)
+    assert torch.equal(layer(x), layer(x, 3, 3))
+
+
+def test_how_it_begins():
+    layer = make(512, 256)
+    step, rate = F.softplus(layer.dt_bias), layer.A_log.exp()
+    assert step.min() >= 1e-3 and step.max() <= 0.1
+    assert abs(step.log().mean() - math.log(1e-2)) < 0.3
+    assert rate.min() >= 1 and rate.max() <= 16 and abs(rate.mean() - 8.5) < 1
+    assert (layer.D == 1).all()
+    half = make(dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert {p.device.type for p in make(device="meta").parameters()} == {"meta"}
+
+
+def test_one_query_and_key_serve_all_heads_in_place(monkeypatch):
+    layer = make()
+    capture = Capture(vssd.simple_la)
+    monkeypatch.setattr(vssd, "simple_la", capture)
+    layer(torch.randn(2, 15, 32), 3, 5)
+    q, k, v = capture.inputs
+    assert q.stride(1) == k.stride(1) == 0
+    assert len({t.untyped_storage().data_ptr() for t in (q, k, v)}) == 1
+    assert capture.output.transpose(1, 2).flatten(2)._is_view()
+
+
+def test_serves():
+    assert_serves(make(), torch.randn(2, 15, 32), 3, 5)
+
+
+def test_compiles():
+    assert_compiles(make(), (torch.randn(2, 15, 32), 3, 5), (torch.randn(2, 28, 32), 4, 7))
+
+
+def test_kernels(monkeypatch):
+    assert_kernels_agree(monkeypatch, make(), torch.randn(1, 15, 32), 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"heads": 5}, "num_heads must divide dim, got dim=64 and num_heads=5"),
+        ({"d_conv": 4}, "kernel_size must be odd"),
+    ],
+)
+def test_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(**settings)
+
+
+def test_the_grid_must_hold_the_tokens():
+    with pytest.raises(ValueError, match="got H=3 and W=4 for 15 tokens"):
+        make()(torch.randn(1, 15, 32), 3, 4)
+
+
+def test_examples():
+    assert doctest.testmod(vssd) == (0, 3)
