@@ -8,6 +8,7 @@ from .mlla import MLLALinearAttention
 from .polaformer import PolaLinearAttention
 from .polaformer_pp import PolaPPAttention
 from .rala import RALA
+from .sana import SanaLinearAttention
 from .vssd import NonCausalSSD
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "NonCausalSSD",
     "PolaLinearAttention",
     "PolaPPAttention",
+    "SanaLinearAttention",
 ]
