@@ -3,6 +3,7 @@
 from .focused import FocusedLinearAttention
 from .linear_attention import LinearAttention
 from .linfusion import GeneralizedLinearAttention
+from .lite_mla import LiteMLA
 from .mala import MALA
 from .mlla import MLLALinearAttention
 from .polaformer import PolaLinearAttention
@@ -17,6 +18,7 @@ __all__ = [
     "FocusedLinearAttention",
     "GeneralizedLinearAttention",
     "LinearAttention",
+    "LiteMLA",
     "MLLALinearAttention",
     "NonCausalSSD",
     "PolaLinearAttention",
