@@ -1,6 +1,7 @@
 """MALA is its formula on pictures of any size, and has the official parameters."""
 
 import doctest
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from test_rala import SHAPES, rotate
 from vision_contracts import (
     Capture,
     assert_compiles,
+    assert_factory,
     assert_formula,
     assert_kernels_agree,
     assert_serves,
@@ -57,6 +59,10 @@ def test_nothing_is_copied_on_the_way(monkeypatch, order):
     layer(torch.randn(2, 32, 3, 5).to(memory_format=order))
     read = [*keys.inputs, queries.inputs[0]]
     assert {memory_of(t) for t in read} == {memory_of(seen["qkvo"])}
+
+
+def test_device_and_dtype_reach_every_parameter():
+    assert_factory(partial(MALA, 32, 4))
 
 
 def test_serves():

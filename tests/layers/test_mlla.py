@@ -1,6 +1,7 @@
 """MLLA's linear attention is its formula on any grid, and loads the official weights."""
 
 import doctest
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from vision_contracts import (
     Capture,
     assert_compiles,
+    assert_factory,
     assert_formula,
     assert_kernels_agree,
     assert_serves,
@@ -113,6 +115,10 @@ def test_nothing_is_copied_on_the_way(monkeypatch):
         memory_of(t) for t in (seen["qk"],) * 2 + (x,)
     ]
     assert capture.output.transpose(1, 2).flatten(2)._is_view()
+
+
+def test_device_and_dtype_reach_every_parameter():
+    assert_factory(partial(MLLALinearAttention, 32, 4))
 
 
 def test_serves():

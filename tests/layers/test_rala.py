@@ -1,6 +1,7 @@
 """RALA is its formula on pictures of any size, and has the official parameters."""
 
 import doctest
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from vision_contracts import (
     Capture,
     assert_compiles,
+    assert_factory,
     assert_formula,
     assert_kernels_agree,
     assert_serves,
@@ -88,6 +90,10 @@ def test_nothing_is_copied_on_the_way(monkeypatch, order):
     assert {memory_of(t) for t in capture.inputs} == {memory_of(seen["qkvo"])}
     picture = capture.output.mT.flatten(1, 2).unflatten(2, (3, 5))
     assert memory_of(picture) == memory_of(capture.output)
+
+
+def test_device_and_dtype_reach_every_parameter():
+    assert_factory(partial(RALA, 32, 4))
 
 
 def test_serves():

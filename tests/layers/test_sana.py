@@ -1,6 +1,7 @@
 """SANA's linear attention is its formula, and what diffusers' processor computes."""
 
 import doctest
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from vision_contracts import (
     Capture,
     assert_compiles,
+    assert_factory,
     assert_formula,
     assert_kernels_agree,
     assert_serves,
@@ -108,6 +110,10 @@ def test_no_query_is_no_answer_and_no_nan():
     layer = SanaLinearAttention(64)
     nn.init.zeros_(layer.qkv.weight)
     assert torch.equal(layer(torch.randn(1, 5, 64)), layer.proj.bias.expand(1, 5, 64))
+
+
+def test_device_and_dtype_reach_every_parameter():
+    assert_factory(partial(SanaLinearAttention, 64, qk_norm=True))
 
 
 def test_serves():

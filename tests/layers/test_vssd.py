@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from vision_contracts import (
     Capture,
     assert_compiles,
+    assert_factory,
     assert_formula,
     assert_kernels_agree,
     assert_serves,
@@ -84,9 +85,6 @@ def test_how_it_begins():
     assert abs(step.log().mean() - math.log(1e-2)) < 0.3
     assert rate.min() >= 1 and rate.max() <= 16 and abs(rate.mean() - 8.5) < 1
     assert (layer.D == 1).all()
-    half = make(dtype=torch.bfloat16)
-    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-    assert {p.device.type for p in make(device="meta").parameters()} == {"meta"}
 
 
 def test_one_query_and_key_serve_all_heads_in_place(monkeypatch):
@@ -98,6 +96,10 @@ def test_one_query_and_key_serve_all_heads_in_place(monkeypatch):
     assert q.stride(1) == k.stride(1) == 0
     assert len({t.untyped_storage().data_ptr() for t in (q, k, v)}) == 1
     assert capture.output.transpose(1, 2).flatten(2)._is_view()
+
+
+def test_device_and_dtype_reach_every_parameter():
+    assert_factory(make)
 
 
 def test_serves():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers import DEVICE, DTYPES
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -53,7 +54,7 @@ def run(layer: Callable, x: Tensor, *size) -> list[Tensor]:
 
 
 def assert_serves(layer: nn.Module, x: Tensor, *size) -> None:
-    """Checkpointing, copies, pickles, state dicts, autocast and inference mode."""
+    """Checkpointing, copies, pickles, state dicts, bfloat16, autocast, inference, no pictures."""
     randomize(layer)
     expected = run(layer, x, *size)
 
@@ -73,11 +74,14 @@ def assert_serves(layer: nn.Module, x: Tensor, *size) -> None:
             assert torch.equal(ours, theirs)
     with torch.inference_mode():
         torch.testing.assert_close(layer(x, *size), expected[0])
+        assert layer(x[:0], *size).shape == expected[0][:0].shape
     with torch.autocast("cpu", torch.bfloat16):
-        low = run(layer, x, *size)
-    assert low[0].dtype == torch.bfloat16
-    for ours, theirs in zip(low, expected, strict=True):
-        assert (ours.float() - theirs).norm() <= 0.05 * theirs.norm()
+        lows = [run(layer, x, *size)]
+    lows.append(run(copy.deepcopy(layer).bfloat16(), x.bfloat16(), *size))
+    for low in lows:
+        assert low[0].dtype == torch.bfloat16
+        for ours, theirs in zip(low, expected, strict=True):
+            assert (ours.float() - theirs).norm() <= 0.05 * theirs.norm()
 
 
 def assert_compiles(layer: nn.Module, *calls: tuple) -> None:
@@ -90,23 +94,36 @@ def assert_compiles(layer: nn.Module, *calls: tuple) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def through_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sends the operators to the kernels, which without a GPU the interpreter runs."""
-    for module in (functional, halves):
-        monkeypatch.setattr(module, "choose_implementation", lambda *_: "triton")
-
-
 def assert_kernels_agree(
     monkeypatch: pytest.MonkeyPatch, layer: nn.Module, x: Tensor, *size
 ) -> None:
-    """Answer and gradients by the kernels, in float32 and float16, are those by the reference."""
-    randomize(layer)
-    expected = run(layer, x, *size)
-    through_kernels(monkeypatch)
-    for dtype, bound in ((torch.float32, 1e-5), (torch.float16, 1e-2)):
-        for ours, theirs in zip(run(layer.to(dtype), x.to(dtype), *size), expected, strict=True):
+    """Answer and gradients by the kernels, in every dtype, are those of the reference in float32.
+
+    Without a GPU the interpreter runs the kernels.
+    """
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    randomize(layer).to(DEVICE)
+    x = x.to(DEVICE)
+    results = {}
+    for impl in ("reference", "triton"):
+        for module in (functional, halves):
+            monkeypatch.setattr(module, "choose_implementation", lambda *_, impl=impl: impl)
+        dtypes = DTYPES if impl == "triton" else [torch.float32]
+        for dtype in dtypes:
+            copied = copy.deepcopy(layer).to(dtype)
+            results[impl, dtype] = run(copied, x.to(dtype), *size)
+    expected = results.pop(("reference", torch.float32))
+    for (_, dtype), actual in results.items():
+        bound = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+        for ours, theirs in zip(actual, expected, strict=True):
             assert ours.dtype == dtype
             assert (ours.float() - theirs).norm() <= bound * theirs.norm()
+
+
+def assert_factory(make: Callable[..., nn.Module]) -> None:
+    """`device` and `dtype` reach every parameter."""
+    layer = make(device="meta", dtype=torch.float16)
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.float16)}
 
 
 class Capture:
