@@ -1,6 +1,7 @@
 """Token mixers as `nn.Module`s: one published method a file."""
 
 from .focused import FocusedLinearAttention
+from .inline import InLineAttention
 from .linear_attention import LinearAttention
 from .linfusion import GeneralizedLinearAttention
 from .lite_mla import LiteMLA
@@ -17,6 +18,7 @@ __all__ = [
     "RALA",
     "FocusedLinearAttention",
     "GeneralizedLinearAttention",
+    "InLineAttention",
     "LinearAttention",
     "LiteMLA",
     "MLLALinearAttention",

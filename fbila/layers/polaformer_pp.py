@@ -8,8 +8,8 @@ x, y: `(B, N, C)`; LA is `linear_attn` with eps = 1e-6 and, in its numerator, a 
 the 2 d features of a head: the first half of them, the positive parts, turns by the row of the
 token and the second by its column. The gate g is a linear map of x without activation, dwc a
 depthwise 5 x 5 convolution over the grid (LePE).
-Meng et al., "PolaFormer++: Polarity-aware Linear Attention with Channel-wise Spikiness", in the code
-of ZacharyMeng/PolaFormerPP.
+Meng et al., "PolaFormer++: Polarity-aware Linear Attention with Channel-wise Spikiness", as in the
+code of ZacharyMeng/PolaFormerPP.
 """
 
 import math
