@@ -2,9 +2,10 @@
 
 Each class is one of diffusers' or PyTorch's with another forward and nothing else, so that a module
 changes from one to the other and back by its `__class__`. What a kernel does not serve runs the
-stock forward: training, autocast, tracing and compiling, other devices and dtypes.
+stock forward: training, tracing and compiling, other devices and dtypes.
 
-Convolutions leave their bias to whatever reads their result next.
+Convolutions leave their bias to whatever reads their result next. Under autocast norms write at
+once what the convolutions and linear maps behind them would cast float32 to.
 """
 
 from typing import Any
@@ -25,6 +26,8 @@ with host("diffusers"):
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What autocast casts.
+_CAST = _DTYPES[:3]
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -41,7 +44,22 @@ def serves(module: nn.Module, x: Any) -> bool:
         x.requires_grad or any(p.requires_grad for p in module.parameters())
     ):
         return False
-    return x.dtype in _DTYPES and x.numel() > 0 and not torch._C._is_any_autocast_enabled()
+    if torch.is_autocast_enabled(x.device.type):
+        return x.dtype in (torch.float32, read_by_maps(x)) and x.numel() > 0
+    return x.dtype in _DTYPES and x.numel() > 0
+
+
+def read_by_maps(x: Tensor) -> torch.dtype:
+    """The dtype in which convolutions and linear maps read x, or a norm of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def takes(weight: Any, x: Tensor) -> bool:
+    """Whether a norm of x may have this weight."""
+    if torch.is_autocast_enabled(x.device.type):
+        return weight.dtype in _CAST and weight.device == x.device
+    return weight.dtype == x.dtype and weight.device == x.device
 
 
 def plain(module: nn.Module, kind: type) -> bool:
@@ -61,8 +79,7 @@ def plain_norm(norm: Any, kind: type, x: Tensor) -> bool:
         plain(norm, kind)
         and norm.weight is not None
         and norm.bias is not None
-        and norm.weight.dtype == x.dtype
-        and norm.weight.device == x.device
+        and takes(norm.weight, x)
     )
 
 
@@ -90,17 +107,19 @@ class FusedResnetBlock2D(ResnetBlock2D):
     def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not self._serves(input_tensor, temb):
             return ResnetBlock2D.forward(self, input_tensor, temb, *args, **kwargs)
-        norm1, norm2 = self.norm1, self.norm2
+        norm1, norm2, dtype = self.norm1, self.norm2, read_by_maps(input_tensor)
         hidden = group_norm(
-            input_tensor, None, None, norm1.weight, norm1.bias, norm1.num_groups, norm1.eps, True
-        )
+            input_tensor, None, None, norm1.weight, norm1.bias, norm1.num_groups, norm1.eps, True,
+            dtype=dtype,
+        )  # fmt: skip
         hidden, bias = convolve(self.conv1, hidden)
         shift = None
         if self.time_emb_proj is not None:
             shift = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
         hidden = group_norm(
-            hidden, shift, bias, norm2.weight, norm2.bias, norm2.num_groups, norm2.eps, True
-        )
+            hidden, shift, bias, norm2.weight, norm2.bias, norm2.num_groups, norm2.eps, True,
+            dtype=dtype,
+        )  # fmt: skip
         hidden, bias = convolve(self.conv2, hidden)
         residual, residual_bias = input_tensor, None
         if self.conv_shortcut is not None:
@@ -144,7 +163,7 @@ class FusedTransformer2DModel(Transformer2DModel):
         as_linear = self.use_linear_projection or pointwise(project)
         normed = group_norm(
             hidden_states, None, None, norm.weight, norm.bias, norm.num_groups, norm.eps,
-            channels_last=as_linear,
+            channels_last=as_linear, dtype=read_by_maps(hidden_states),
         )  # fmt: skip
         if not as_linear:
             normed = project(normed)
@@ -167,8 +186,7 @@ class FusedTransformer2DModel(Transformer2DModel):
     ) -> Tensor:
         project = self.proj_out
         as_linear = self.use_linear_projection or pointwise(project)
-        alike = residual.dtype == hidden_states.dtype
-        if not (as_linear and alike and serves(self, hidden_states)):
+        if not (as_linear and serves(self, hidden_states) and type(residual) is Tensor):
             return super()._get_output_for_continuous_inputs(
                 hidden_states, residual, batch_size, height, width, inner_dim
             )
@@ -198,13 +216,10 @@ class FusedLayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not (isinstance(self, FusedLayerNorm) and self._serves(input)):
             return nn.LayerNorm.forward(self, input)
-        return layer_norm(input, self.weight, self.bias, self.eps)
+        return layer_norm(input, self.weight, self.bias, self.eps, read_by_maps(input))
 
     def _serves(self, x: Tensor) -> bool:
-        weight = self.weight
-        return serves(self, x) and (
-            weight is None or (weight.dtype == x.dtype and weight.device == x.device)
-        )
+        return serves(self, x) and (self.weight is None or takes(self.weight, x))
 
     @staticmethod
     def fits(norm: Any) -> bool:
@@ -215,10 +230,14 @@ class FusedGroupNorm(nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not (isinstance(self, FusedGroupNorm) and self._serves(input)):
             return nn.GroupNorm.forward(self, input)
-        return group_norm(input, None, None, self.weight, self.bias, self.num_groups, self.eps)
+        # The activation behind it is computed in what stock returns.
+        dtype = torch.float32 if torch.is_autocast_enabled(input.device.type) else None
+        return group_norm(
+            input, None, None, self.weight, self.bias, self.num_groups, self.eps, dtype=dtype
+        )
 
     def _serves(self, x: Tensor) -> bool:
-        return serves(self, x) and self.weight.dtype == x.dtype and self.weight.device == x.device
+        return serves(self, x) and takes(self.weight, x)
 
     @staticmethod
     def fits(norm: Any) -> bool:

@@ -78,8 +78,8 @@ def fused_blocks(model: Any) -> FusedBlocks:
     and rounded less often than before. Weights, modules and their names stay what they are, so that
     LoRAs, hooks and other plugins find them.
 
-    For inference on CUDA: with gradients, under autocast, and in compiled or exported models, where
-    compilers do this themselves, the blocks run as they come.
+    For inference on CUDA, under autocast too: with gradients, and in compiled or exported models,
+    where compilers do this themselves, the blocks run as they come.
 
     Args:
         model: A pipeline with a UNet, or the UNet; with LinFusion mounted or not.

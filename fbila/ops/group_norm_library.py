@@ -5,7 +5,7 @@
     y = [SiLU](GroupNorm(x + shift + x_bias))
 
 x may be NCHW or channels_last, and is read in place; y lies in memory as x does, or in
-channels_last where that is asked for. A kernel on CUDA, PyTorch elsewhere.
+channels_last where that is asked for, in x's dtype or another. A kernel on CUDA, PyTorch elsewhere.
 """
 
 from functools import lru_cache
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from .autograd import ordinary
 from .library import LIBRARY, sum_dtype
-from .memory_format import beside, dense, empty_in_order, is_channels_last
+from .memory_format import beside, dense, dtypes_of, empty_in_order, is_channels_last
 
 if TYPE_CHECKING:
     from .kernels.group_norm import GroupNorm
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 LIBRARY.define(
     "group_norm(Tensor x, Tensor? shift, Tensor? x_bias, Tensor weight, Tensor bias, int groups, "
-    "float eps, bool silu, bool channels_last) -> Tensor"
+    "float eps, bool silu, bool channels_last, ScalarType? dtype=None) -> Tensor"
 )
 
 
@@ -32,12 +32,15 @@ LIBRARY.define(
 def planned(
     shape: tuple[int, ...],
     dtype: torch.dtype,
+    dtype_y: torch.dtype,
+    others: tuple[torch.dtype | None, ...],
     last: bool,
     last_y: bool,
     groups: int,
     eps: float,
     silu: bool,
 ) -> Union["GroupNorm", "ShortGroupNorm"]:
+    """others: dtypes of shift, biases and weight, which kernels are compiled for as well."""
     from .kernels.channels import Planes
     from .kernels.group_norm import GroupNorm
     from .kernels.short_group_norm import LONGEST, ShortGroupNorm
@@ -46,10 +49,10 @@ def planned(
     # The size of the batch must not enter.
     short = planes.channels // groups * planes.positions <= LONGEST
     plan = ShortGroupNorm if short else GroupNorm
-    return plan(shape, dtype, last, last_y, groups, eps, silu)
+    return plan(shape, dtype, dtype_y, last, last_y, groups, eps, silu)
 
 
-def in_kernel(x, shift, x_bias, weight, bias, groups, eps, silu, channels_last):
+def in_kernel(x, shift, x_bias, weight, bias, groups, eps, silu, channels_last, dtype=None):
     B, C = x.shape[:2]
     if C % groups:
         raise ValueError(f"groups must divide the channels, got {groups} and {C}.")
@@ -57,9 +60,10 @@ def in_kernel(x, shift, x_bias, weight, bias, groups, eps, silu, channels_last):
     x_bias, weight, bias = beside(x, (C,), x_bias, weight, bias)
     x, last = dense(x)
     last_y = last or channels_last
-    y = empty_in_order(x, last_y)
+    y = empty_in_order(x, last_y, dtype)
     if y.numel():
-        run = planned(x.shape, x.dtype, last, last_y, groups, eps, silu)
+        others = dtypes_of(shift, x_bias, weight, bias)
+        run = planned(x.shape, x.dtype, y.dtype, others, last, last_y, groups, eps, silu)
         run(x, shift, x_bias, weight, bias, y)
     return y
 
@@ -79,11 +83,13 @@ def group_norm_(
     last = is_channels_last(x)
     assert last is not None
     weight, bias = weight.contiguous(), bias.contiguous()
-    planned(x.shape, x.dtype, last, last, groups, eps, silu)(x, None, None, weight, bias, x)
+    others = dtypes_of(None, None, weight, bias)
+    run = planned(x.shape, x.dtype, x.dtype, others, last, last, groups, eps, silu)
+    run(x, None, None, weight, bias, x)
     return x
 
 
-def in_pytorch(x, shift, x_bias, weight, bias, groups, eps, silu, channels_last):
+def in_pytorch(x, shift, x_bias, weight, bias, groups, eps, silu, channels_last, dtype=None):
     wide = sum_dtype(x)
     over = (1, -1, *[1] * (x.ndim - 2))
     z = x.to(wide)
@@ -94,7 +100,7 @@ def in_pytorch(x, shift, x_bias, weight, bias, groups, eps, silu, channels_last)
     grouped = z.reshape(len(x), groups, -1)
     normed = F.layer_norm(grouped, grouped.shape[-1:], eps=eps).view(x.shape)
     normed = normed * weight.view(over) + bias.view(over)
-    y = empty_in_order(x, channels_last or is_channels_last(x) is True)
+    y = empty_in_order(x, channels_last or is_channels_last(x) is True, dtype)
     return y.copy_(F.silu(normed) if silu else normed)
 
 
@@ -103,8 +109,8 @@ LIBRARY.impl("group_norm", in_pytorch, "CPU")
 
 
 @torch.library.register_fake("fbila::group_norm", lib=LIBRARY)
-def _(x, shift, x_bias, weight, bias, groups, eps, silu, channels_last):
-    return empty_in_order(x, channels_last or is_channels_last(x) is True)
+def _(x, shift, x_bias, weight, bias, groups, eps, silu, channels_last, dtype=None):
+    return empty_in_order(x, channels_last or is_channels_last(x) is True, dtype)
 
 
 def group_norm(
@@ -117,7 +123,8 @@ def group_norm(
     eps: float,
     silu: bool = False,
     channels_last: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """`fbila::group_norm`, straight away where nothing stands in between."""
     run = in_kernel if x.is_cuda and ordinary(x) else torch.ops.fbila.group_norm
-    return run(x, shift, x_bias, weight, bias, groups, eps, silu, channels_last)
+    return run(x, shift, x_bias, weight, bias, groups, eps, silu, channels_last, dtype)

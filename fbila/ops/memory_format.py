@@ -23,14 +23,15 @@ def dense(x: torch.Tensor) -> tuple[torch.Tensor, bool]:
     return (x.contiguous(), False) if last is None else (x, last)
 
 
-def empty_in_order(x: torch.Tensor, last: bool) -> torch.Tensor:
-    """An uninitialised tensor like x, in channels_last or contiguous."""
+def empty_in_order(x: torch.Tensor, last: bool, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An uninitialised tensor like x, in channels_last or contiguous, in x's dtype or another."""
     if is_channels_last(x) is last:
         # Three times as fast as what follows.
-        return torch.empty_like(x)
+        return torch.empty_like(x, dtype=dtype)
     if not last:
-        return x.new_empty(x.shape)
-    return x.new_empty(x.shape[:1] + x.shape[2:] + x.shape[1:2]).movedim(-1, 1)
+        return x.new_empty(x.shape, dtype=dtype)
+    shape = x.shape[:1] + x.shape[2:] + x.shape[1:2]
+    return x.new_empty(shape, dtype=dtype).movedim(-1, 1)
 
 
 def beside(
@@ -39,12 +40,19 @@ def beside(
     """The tensors, contiguous.
 
     Raises:
-        ValueError: If they are not all of this shape, of x's dtype and on its device.
+        ValueError: If they are not all of this shape, on x's device and of a floating-point dtype.
     """
     for y in tensors:
-        if y is not None and (y.shape != shape or y.dtype != x.dtype or y.device != x.device):
+        if y is not None and (
+            y.shape != shape or y.device != x.device or not y.is_floating_point()
+        ):
             raise ValueError(
-                f"Expected a tensor of shape {list(shape)} in {x.dtype} on {x.device}, got "
+                f"Expected a floating-point tensor of shape {list(shape)} on {x.device}, got "
                 f"{list(y.shape)} in {y.dtype} on {y.device}."
             )
     return [None if y is None else y.contiguous() for y in tensors]
+
+
+def dtypes_of(*tensors: torch.Tensor | None) -> tuple[torch.dtype | None, ...]:
+    """What a kernel that is given the tensors is compiled for."""
+    return tuple([None if x is None else x.dtype for x in tensors])

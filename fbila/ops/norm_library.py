@@ -4,8 +4,8 @@
 sets of rows is normalised over D and has its own weight and bias, which may be wider than x. For
 the gradient x alone is kept. A kernel on CUDA, PyTorch elsewhere.
 
-`fbila::layer_norm`: x `(..., D)`, weight and bias `(D,)` or None -> `(..., D)`, for inference, by
-the same kernel.
+`fbila::layer_norm`: x `(..., D)`, weight and bias `(D,)` or None -> `(..., D)` in x's dtype or
+another, for inference, by the same kernel.
 """
 
 import torch
@@ -13,11 +13,14 @@ import torch.nn.functional as F
 
 from .autograd import ordinary, refuse_second_derivative
 from .library import LIBRARY, sum_dtype
-from .memory_format import beside
+from .memory_format import beside, dtypes_of
 
 _ARGUMENTS = "Tensor x, Tensor weight, Tensor bias, float eps, float slope"
 LIBRARY.define(f"layer_norm_leaky_relu({_ARGUMENTS}) -> Tensor")
-LIBRARY.define("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor")
+LIBRARY.define(
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType? dtype=None) "
+    "-> Tensor"
+)
 LIBRARY.define(
     f"layer_norm_leaky_relu_backward(Tensor dy, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
 )
@@ -41,21 +44,21 @@ def in_pytorch(x, weight, bias, eps, slope):
     )
 
 
-def plain_in_kernel(x, weight, bias, eps):
+def plain_in_kernel(x, weight, bias, eps, dtype=None):
     from .kernels.norm import plan_layer_norm
 
     weight, bias = beside(x, x.shape[-1:], weight, bias)
     x = x.contiguous()
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, dtype=dtype)
     if y.numel():
-        plan_layer_norm(x.shape, x.dtype, eps)(x, weight, bias, y)
+        plan_layer_norm(x.shape, x.dtype, dtypes_of(weight, bias, y), eps)(x, weight, bias, y)
     return y
 
 
-def plain_in_pytorch(x, weight, bias, eps):
+def plain_in_pytorch(x, weight, bias, eps, dtype=None):
     wide = sum_dtype(x)
     weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
-    return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps).to(x.dtype)
+    return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps).to(dtype or x.dtype)
 
 
 def backward_in_kernel(dy, x, weight, bias, eps, slope):
@@ -121,8 +124,8 @@ LIBRARY.impl("layer_norm", plain_in_pytorch, "CPU")
 
 
 @torch.library.register_fake("fbila::layer_norm", lib=LIBRARY)
-def _(x, weight, bias, eps):
-    return x.new_empty(x.shape)
+def _(x, weight, bias, eps, dtype=None):
+    return x.new_empty(x.shape, dtype=dtype)
 
 
 @torch.library.register_fake("fbila::layer_norm_leaky_relu", lib=LIBRARY)
@@ -147,8 +150,12 @@ def layer_norm_leaky_relu(
 
 
 def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """`fbila::layer_norm`, straight away where nothing stands in between."""
     run = plain_in_kernel if direct(x) else torch.ops.fbila.layer_norm
-    return run(x, weight, bias, eps)
+    return run(x, weight, bias, eps, dtype)

@@ -6,6 +6,7 @@ import io
 import pickle
 from collections import Counter
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
 import tiny_models
@@ -13,6 +14,8 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
 from diffusers import ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from helpers import CUDA
 from test_fuse import mount
 from test_lora import add_lora
@@ -353,12 +356,53 @@ def test_gradients_of_the_input_alone(kernels):
     assert torch.equal(*gradients)
 
 
-def test_under_autocast_it_is_as_it_comes(kernels):
-    unet = tiny_unet()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        expected = predict(unet)
+@pytest.mark.parametrize("kept", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("as_linear", [False, True], ids=["conv", "linear projections"])
+def test_under_autocast_it_errs_no_more(kernels, kept, as_linear):
+    unet = tiny_unet(use_linear_projection=as_linear)
+    exact = predict(unet)
+    unet.to(kept)
+    dtypes = []
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D | Transformer2DModel):
+            module.register_forward_hook(lambda _, args, out: dtypes.append(out[0].dtype))
+    with torch.autocast("cpu", dtype=torch.float16):
+        plain = (predict(unet) - exact).norm()
+        expected = [*dtypes]
+        dtypes.clear()
         with fused_blocks(unet):
-            assert torch.equal(predict(unet), expected)
+            fused = (predict(unet) - exact).norm()
+    assert kernels
+    assert 0 < fused <= 1.05 * plain
+    assert dtypes == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_blocks_under_autocast_return_what_stock_returns(kernels, dtype):
+    unet = tiny_unet()
+    down = unet.down_blocks[1]
+    transformer = partial(down.attentions[0], return_dict=False)
+    x, temb = torch.randn(2, 16, 6, 6), torch.randn(2, 64)
+    for block, args in (
+        (unet.down_blocks[0].resnets[0], (x, temb)),
+        (down.resnets[0], (x, temb)),
+        (transformer, (x.repeat(1, 2, 1, 1), torch.randn(2, 5, 32))),
+    ):
+        args = [arg.to(dtype) for arg in args]
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16):
+            expected = block(*args)[0]
+            with fused_blocks(unet):
+                actual = block(*args)[0]
+        assert actual.dtype == expected.dtype
+        assert_near(actual, expected, 4e-3 * float(expected.abs().max()))
+    assert set(kernels) == {"group_norm", "add_bias", "geglu", "layer_norm"}
+
+
+def test_under_autocast_float64_is_left_alone(kernels):
+    unet = tiny_unet().double()
+    block, x = unet.down_blocks[1].resnets[0], torch.randn(2, 16, 6, 6, dtype=torch.float64)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16), fused_blocks(unet):
+        assert block(x, torch.randn(2, 64, dtype=torch.float64)).dtype == torch.float64
     assert not kernels
 
 

@@ -4,7 +4,9 @@ A script that prints, for each kernel of each case, the bytes of each access by 
 kernel takes of a multiprocessor.
 """
 
+import itertools
 import json
+from functools import partial
 
 import torch
 from sm_90 import Arguments, accesses, compile_sm_90, resources
@@ -32,10 +34,17 @@ def calls():
                         x, *options, last_y
                     ),
                 )
-            for other in FORMATS:
-                residual = planes(2, C, side, side, last=other)
+            # Under autocast.
+            wide, weight = x.float(), channel.float()
+            options = (None, None, weight, weight, 32, 1e-5, True, False, torch.bfloat16)
+            yield (
+                f"group_norm {C} {side} {last} of float32",
+                lambda x=wide, options=options: group_norm_library.in_kernel(x, *options),
+            )
+            for other, dtype in itertools.product(FORMATS, (torch.bfloat16, torch.float32)):
+                residual = planes(2, C, side, side, last=other).to(dtype)
                 yield (
-                    f"add_bias {C} {side} {last} {other}",
+                    f"add_bias {C} {side} {last} {other} {dtype}",
                     lambda x=x, residual=residual, channel=channel: add_bias_library.in_kernel(
                         x, residual, channel, channel
                     ),
@@ -46,6 +55,17 @@ def calls():
         yield (
             f"layer_norm {D}",
             lambda x=x, channel=channel: norm_library.plain_in_kernel(x, channel, channel, 1e-5),
+        )
+        yield (
+            f"layer_norm {D} of float32",
+            partial(
+                norm_library.plain_in_kernel,
+                x.float(),
+                channel.float(),
+                channel.float(),
+                1e-5,
+                torch.bfloat16,
+            ),
         )
         # Of queries and of keys, side by side.
         pair = planes(256, 2 * D).as_strided((2, 256, D), (D, 2 * D, 1))

@@ -60,14 +60,24 @@ def test_nothing_in_nothing_out():
     assert in_kernel(x, x, None, None).shape == x.shape
 
 
-@pytest.mark.parametrize(
-    "other",
-    [torch.zeros(2, 6, 4, 4), torch.zeros(2, 6, 4, 5, dtype=torch.float16)],
-)
-def test_tensors_that_are_not_alike(other):
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float32, torch.float16)])
+@pytest.mark.parametrize("last_x", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("function", [in_kernel, in_pytorch])
+def test_the_wider_dtype(function, dtypes, last_x, last):
+    shape = (2, 36, 5, 7)
+    x, residual = draw(shape, dtypes[0], last_x), draw(shape, dtypes[1], last, seed=1)
+    biases = draw((36,), torch.float32, seed=2), draw((36,), torch.float16, seed=3)
+    actual = function(x, residual, *biases)
+    assert actual.dtype == (x + residual).dtype == torch.float32
+    assert is_channels_last(actual) == is_channels_last(residual)
+    assert_rounded_once(actual, exact(x, residual, *biases))
+
+
+def test_tensors_that_are_not_alike():
     x = torch.zeros(2, 6, 4, 5, device=DEVICE)
     with pytest.raises(ValueError, match="must be alike"):
-        in_kernel(x, other.to(DEVICE), None, None)
+        in_kernel(x, x[..., 1:], None, None)
 
 
 @pytest.mark.parametrize("last_x", [False, True])
@@ -76,7 +86,8 @@ def test_opcheck(last_x, last):
     shape = (2, 6, 4, 5)
     x, residual = draw(shape, torch.float32, last_x), draw(shape, torch.float32, last, seed=1)
     bias = draw((6,), torch.float32)
-    torch.library.opcheck(torch.ops.fbila.add_bias.default, (x, residual, bias, None))
+    for other in (x, x.half()):
+        torch.library.opcheck(torch.ops.fbila.add_bias.default, (other, residual, bias, None))
 
 
 def test_compiles_as_one_operator():

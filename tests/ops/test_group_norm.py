@@ -95,6 +95,22 @@ def test_into_channels_last(way, added, last, silu):
     assert_near(actual, exact(x, *vectors, 4, silu), 8)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float16), (torch.float16, torch.float32)])
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("last_y", [False, True])
+def test_into_another_dtype(way, dtypes, last, last_y):
+    """As under autocast: each vector, too, in a dtype of its own."""
+    dtype, other = dtypes
+    x, *vectors = make((2, 40, 9, 5), dtype, last=last)
+    vectors = [v.to(d) for v, d in zip(vectors, (*dtypes, *dtypes), strict=True)]
+    expected = exact(x, *vectors, 4, True)
+    for function in (in_kernel, in_pytorch):
+        actual = function(x, *vectors, 4, EPS, True, last_y, other)
+        assert actual.dtype == other
+        assert is_channels_last(actual) == (last or last_y)
+        assert_near(actual, expected, 2 if other.itemsize == 2 else 8)
+
+
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
 def test_a_large_mean_does_not_cancel(way, last):
     x, *vectors = make((2, 24, 9, 7), torch.float32, last=last, mean=1000.0, added=False)
@@ -163,7 +179,8 @@ def test_nothing_in_nothing_out():
 def test_opcheck(last, last_y):
     x, *vectors = make((2, 8, 3, 5), torch.float32, last=last)
     op = torch.ops.fbila.group_norm.default
-    torch.library.opcheck(op, (x, *vectors, 2, EPS, True, last_y))
+    for dtype in (None, torch.float16):
+        torch.library.opcheck(op, (x, *vectors, 2, EPS, True, last_y, dtype))
 
 
 def test_compiles_and_exports_as_one_operator():
@@ -186,7 +203,7 @@ def test_compiles_and_exports_as_one_operator():
     [
         (1, torch.zeros(2, 7), r"shape \[2, 8\] .* got \[2, 7\]"),
         (3, torch.zeros(9), r"shape \[8\] .* got \[9\]"),
-        (4, torch.zeros(8, dtype=torch.float16), "in torch.float32 on .* in torch.float16"),
+        (4, torch.zeros(8, dtype=torch.int32), "floating-point tensor .* in torch.int32"),
     ],
 )
 def test_tensors_that_do_not_belong_together(place, wrong, message):

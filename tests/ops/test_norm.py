@@ -1,5 +1,7 @@
 """LayerNorm, alone or with LeakyReLU, in one kernel, against PyTorch in float64."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,12 @@ from helpers import DEVICE, DTYPES
 
 from fbila.ops.kernels.norm import launch_norm
 from fbila.ops.kernels.norm_backward import launch_grad_norm
-from fbila.ops.norm_library import layer_norm, layer_norm_leaky_relu, plain_in_kernel
+from fbila.ops.norm_library import (
+    layer_norm,
+    layer_norm_leaky_relu,
+    plain_in_kernel,
+    plain_in_pytorch,
+)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
@@ -127,13 +134,28 @@ def test_without_an_activation_opcheck_and_errors():
     op = torch.ops.fbila.layer_norm.default
     torch.library.opcheck(op, (x, weight, weight, 1e-5))
     torch.library.opcheck(op, (x, None, None, 1e-5))
+    torch.library.opcheck(op, (x, weight, None, 1e-5, torch.float16))
     with pytest.raises(ValueError, match=r"shape \[16\] .* got \[15\]"):
         plain_in_kernel(x, weight[1:], None, 1e-5)
 
 
-def test_a_launch_is_for_one_dtype_of_weights():
+def test_a_launch_is_for_one_dtype_of_each_tensor():
     from fbila.ops.kernels.norm import plan_norm
 
     call = (2, 5, 16), (80, 16, 1), torch.bfloat16
-    plans = {plan_norm(*call, kept, 1e-5, 0.01) for kept in (torch.bfloat16, torch.float32)}
-    assert len(plans) == 2
+    dtypes = list(itertools.product((torch.bfloat16, torch.float32), repeat=3))
+    assert len({plan_norm(*call, others, 1e-5, 0.01) for others in dtypes}) == len(dtypes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("function", [plain_in_kernel, plain_in_pytorch])
+def test_into_another_dtype(function, dtype):
+    torch.manual_seed(0)
+    x = (3 + 2 * torch.randn(7, 40, dtype=torch.float64, device=DEVICE)).to(dtype)
+    weight, bias = torch.randn(2, 40, device=DEVICE)
+    other = torch.float32 if dtype == torch.float16 else torch.float16
+    actual = function(x, weight, bias.half(), 1e-5, other)
+    assert actual.dtype == other
+    expected = F.layer_norm(x.double(), (40,), weight.double(), bias.half().double(), 1e-5)
+    bound = (1 if other.itemsize == 2 else 16) * torch.finfo(other).eps
+    assert (actual.double() - expected).abs().max() <= bound * (expected.abs().max() + 1)

@@ -1,7 +1,7 @@
 """y = x + residual + x_bias + residual_bias: what ends a residual block, in one pass.
 
 x and residual `(B, C, ...)`, each NCHW or channels_last, the biases `(C,)`; y lies in memory as
-residual does. It is rounded once.
+residual does. The two may differ in dtype, and y is in the wider one. It is rounded once.
 """
 
 from functools import lru_cache
@@ -45,8 +45,15 @@ def add_bias_kernel(
 
 
 @lru_cache(maxsize=1024)
-def plan_add_bias(shape: tuple[int, ...], dtype: torch.dtype, last_x: bool, last: bool) -> Launch:
-    planes = Planes.of(shape, dtype)
+def plan_add_bias(
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    bias_dtypes: tuple[torch.dtype | None, ...],
+    last_x: bool,
+    last: bool,
+) -> Launch:
+    """dtypes: of x, residual and y. bias_dtypes: what the kernel is compiled for as well."""
+    planes = Planes.of(shape, *dtypes)
     block_c, block_p = planes.tile(ELEMENTS, last_x, last)
     c_blocks, p_blocks = planes.blocks(block_c, block_p)
     return Launch(
@@ -59,7 +66,7 @@ def plan_add_bias(shape: tuple[int, ...], dtype: torch.dtype, last_x: bool, last
             "LAST": last,
             "BLOCK_C": block_c,
             "BLOCK_P": block_p,
-            "ACC": Tiling.acc(dtype),
+            "ACC": Tiling.acc(dtypes[-1]),
         },
         {"num_warps": warps(block_c * block_p), "num_stages": 1},
     )

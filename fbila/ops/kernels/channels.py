@@ -49,8 +49,10 @@ class Planes(NamedTuple):
     itemsize: int
 
     @staticmethod
-    def of(shape: tuple[int, ...], dtype: torch.dtype) -> "Planes":
-        return Planes(shape[0], shape[1], math.prod(shape[2:]), dtype.itemsize)
+    def of(shape: tuple[int, ...], *dtypes: torch.dtype) -> "Planes":
+        """For tensors of these dtypes; what is aligned in the narrowest is in the others."""
+        itemsize = min(dtype.itemsize for dtype in dtypes)
+        return Planes(shape[0], shape[1], math.prod(shape[2:]), itemsize)
 
     def unit(self, length: int) -> int:
         """Elements that divide a length, at most 16 bytes of them."""

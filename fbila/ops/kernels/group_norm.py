@@ -165,13 +165,14 @@ class GroupNorm:
         self,
         shape: tuple[int, ...],
         dtype: torch.dtype,
+        dtype_y: torch.dtype,
         last: bool,
         last_y: bool,
         groups: int,
         eps: float,
         silu: bool,
     ) -> None:
-        planes = Planes.of(shape, dtype)
+        planes = Planes.of(shape, dtype, dtype_y)
         acc = Tiling.acc(dtype)
         rows = planes.samples * planes.channels
         block_c, block_p = planes.tile(STATISTICS, last)

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..memory_format import dtypes_of
 from .launch import Launch, kernel
 from .tiling import Tiling
 
@@ -63,11 +64,11 @@ def plan_norm(
     shape: tuple[int, ...],
     stride: tuple[int, ...],
     dtype: torch.dtype,
-    weight_dtype: torch.dtype,
+    others: tuple[torch.dtype | None, ...],
     eps: float,
     slope: float,
 ) -> Launch:
-    """weight_dtype: what the kernel is compiled for as well, so that launches differ by it."""
+    """others: dtypes of weight, bias and o, which the kernel is compiled for as well."""
     P, R, D = shape
     width = triton.next_power_of_2(D)
     block = max(1, ELEMENTS // width)
@@ -86,13 +87,19 @@ def launch_norm(
 ) -> torch.Tensor:
     """The last axis of x is contiguous, weight and bias are."""
     o = x.new_empty(x.shape)
-    plan = plan_norm(tuple(x.shape), x.stride(), x.dtype, weight.dtype, eps, slope)
+    others = dtypes_of(weight, bias, o)
+    plan = plan_norm(tuple(x.shape), x.stride(), x.dtype, others, eps, slope)
     plan(x, weight, bias, o)
     return o
 
 
 @lru_cache(maxsize=1024)
-def plan_layer_norm(shape: tuple[int, ...], dtype: torch.dtype, eps: float) -> Launch:
-    """For contiguous x `(..., D)` and weights of one dtype, without an activation."""
+def plan_layer_norm(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    others: tuple[torch.dtype | None, ...],
+    eps: float,
+) -> Launch:
+    """For contiguous x `(..., D)`, without an activation."""
     D = shape[-1]
-    return plan_norm((1, math.prod(shape[:-1]), D), (0, D, 1), dtype, dtype, eps, 1.0)
+    return plan_norm((1, math.prod(shape[:-1]), D), (0, D, 1), dtype, others, eps, 1.0)

@@ -72,7 +72,7 @@ def plan_grad_norm(
     eps: float,
     slope: float,
 ) -> Launch:
-    """weight_dtype: as in `norm.plan_norm`."""
+    """weight_dtype: of weight and bias, which the kernel is compiled for as well."""
     P, R, D = shape
     width = triton.next_power_of_2(D)
     block = max(1, ELEMENTS // width)

@@ -100,13 +100,14 @@ class ShortGroupNorm:
         self,
         shape: tuple[int, ...],
         dtype: torch.dtype,
+        dtype_y: torch.dtype,
         last: bool,
         last_y: bool,
         groups: int,
         eps: float,
         silu: bool,
     ) -> None:
-        planes = Planes.of(shape, dtype)
+        planes = Planes.of(shape, dtype, dtype_y)
         group = planes._replace(channels=planes.channels // groups)
         block_c, block_p = group.tile(ELEMENTS, last, last_y)
         self.launch = Launch(
