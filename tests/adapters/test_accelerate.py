@@ -13,15 +13,17 @@ from untouched import modules
 import fbila
 from fbila.adapters import acceleration, get_handle, unswap
 from fbila.adapters.acceleration import plan
-from fbila.ops import functional
+from fbila.ops import functional, repeated
 
 each = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-@pytest.fixture(params=["eager", "kernels"])
-def implementation(request, monkeypatch):
-    if request.param == "kernels":
-        monkeypatch.setattr(functional, "choose_implementation", lambda *_: "triton")
+@pytest.fixture
+def kernels(monkeypatch):
+    """The kernels, through the interpreter where there is no GPU."""
+    monkeypatch.setattr(functional, "choose_implementation", lambda *_: "triton")
+    # Calls are remembered with the choice.
+    monkeypatch.setattr(repeated, "_PASSED", {})
 
 
 def test_examples_in_docstrings():
@@ -31,7 +33,18 @@ def test_examples_in_docstrings():
 
 @each
 @torch.no_grad()
-def test_the_output_is_that_of_stock(case: Case, implementation):
+def test_the_kernels_compute_what_stock_does(case: Case, kernels):
+    model = case.make()
+    stock = case.run(model)
+    fbila.accelerate(model)
+    torch.testing.assert_close(
+        case.run(model), stock, rtol=1e-5, atol=1e-5 * float(stock.abs().max())
+    )
+
+
+@each
+@torch.no_grad()
+def test_the_output_is_that_of_stock(case: Case):
     model = case.make()
     stock = case.run(model)
     there, keys = modules(model), list(model.state_dict())
@@ -50,7 +63,16 @@ def test_the_output_is_that_of_stock(case: Case, implementation):
 
 
 @each
-def test_gradients_are_those_of_stock(case: Case, implementation):
+def test_gradients_are_those_of_stock(case: Case):
+    assert_gradients_of_stock(case)
+
+
+@pytest.mark.parametrize("name", ["Sana", "SanaVideo", "EfficientViT"])
+def test_the_gradients_of_the_kernels_are_those_of_stock(name, kernels):
+    assert_gradients_of_stock(CASES[name])
+
+
+def assert_gradients_of_stock(case: Case) -> None:
     model = case.make().train()
     # Batch norm and dropout would differ from run to run.
     for module in model.modules():
