@@ -1,13 +1,11 @@
 """The tables are those of the published layers, on any grid, and the last ones are kept."""
 
 import copy
-import doctest
 import pickle
 
 import pytest
 import torch
 
-from fbila.layers import axial_rotary as module
 from fbila.layers.axial_rotary import AxialRotary, axial_rotary
 
 
@@ -82,7 +80,3 @@ def test_nothing_is_kept_of_a_trace():
 def test_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         AxialRotary(**settings)
-
-
-def test_examples():
-    assert doctest.testmod(module) == (0, 3)

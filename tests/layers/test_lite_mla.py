@@ -1,6 +1,5 @@
 """LiteMLA is its formula on pictures of any size and order, and timm's layer with its weights."""
 
-import doctest
 from functools import partial
 
 import pytest
@@ -151,7 +150,3 @@ def test_kernels(monkeypatch):
 def test_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         LiteMLA(32, **settings)
-
-
-def test_examples():
-    assert doctest.testmod(lite_mla) == (0, 3)

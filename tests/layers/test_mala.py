@@ -1,6 +1,5 @@
 """MALA is its formula on pictures of any size, and has the official parameters."""
 
-import doctest
 from functools import partial
 
 import pytest
@@ -80,7 +79,3 @@ def test_kernels(monkeypatch):
 def test_refused():
     with pytest.raises(ValueError, match="num_heads must divide dim, got dim=32 and num_heads=5"):
         MALA(32, 5)
-
-
-def test_examples():
-    assert doctest.testmod(mala) == (0, 3)

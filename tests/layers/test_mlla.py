@@ -1,6 +1,5 @@
 """MLLA's linear attention is its formula on any grid, and loads the official weights."""
 
-import doctest
 from functools import partial
 
 import pytest
@@ -150,7 +149,3 @@ def test_refused(settings, message):
 def test_the_grid_must_hold_the_tokens():
     with pytest.raises(ValueError, match="got H=3 and W=4 for 15 tokens"):
         MLLALinearAttention(32, 4)(torch.randn(1, 15, 32), 3, 4)
-
-
-def test_examples():
-    assert doctest.testmod(mlla) == (0, 3)

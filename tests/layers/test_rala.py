@@ -1,6 +1,5 @@
 """RALA is its formula on pictures of any size, and has the official parameters."""
 
-import doctest
 from functools import partial
 
 import pytest
@@ -118,7 +117,3 @@ def test_kernels(monkeypatch):
 def test_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         RALA(**settings)
-
-
-def test_examples():
-    assert doctest.testmod(rala) == (0, 3)

@@ -1,6 +1,5 @@
 """SANA's linear attention is its formula, and what diffusers' processor computes."""
 
-import doctest
 from functools import partial
 
 import pytest
@@ -133,7 +132,3 @@ def test_kernels(monkeypatch):
 def test_refused(dim, heads):
     with pytest.raises(ValueError, match=f"num_heads must divide dim, got dim={dim}"):
         SanaLinearAttention(dim, heads)
-
-
-def test_examples():
-    assert doctest.testmod(sana) == (0, 3)

@@ -1,6 +1,5 @@
 """VSSD's layer is its formula on any grid, and has the official parameters."""
 
-import doctest
 import math
 
 import pytest
@@ -129,7 +128,3 @@ def test_refused(settings, message):
 def test_the_grid_must_hold_the_tokens():
     with pytest.raises(ValueError, match="got H=3 and W=4 for 15 tokens"):
         make()(torch.randn(1, 15, 32), 3, 4)
-
-
-def test_examples():
-    assert doctest.testmod(vssd) == (0, 3)
