@@ -85,13 +85,15 @@ def assert_serves(layer: nn.Module, x: Tensor, *size) -> None:
 
 
 def assert_compiles(layer: nn.Module, *calls: tuple) -> None:
-    """Each call `(x, *size)` by one graph, forward and backward, of whatever size."""
+    """Calls `(x, *size)` of different sizes by one graph, compiled once, forward and backward."""
     randomize(layer)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=True)
     for call in calls:
         for ours, theirs in zip(run(compiled, *call), run(layer, *call), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def assert_kernels_agree(
