@@ -104,7 +104,18 @@ class FocusedLinearAttention(nn.Module):
         self.positional_encoding = nn.Parameter(torch.zeros(1, rows * columns, dim, **factory))
 
     def forward(self, x: Tensor, H: int | None = None, W: int | None = None) -> Tensor:
-        """Mixes the tokens of `x` `(B, N, C)`, N = H * W; without H and W they are a square."""
+        """Mixes the tokens of a grid.
+
+        Args:
+            x: `(B, N, C)`, N = H * W.
+            H, W: Rows and columns; without them the tokens are a square.
+
+        Returns:
+            `(B, N, C)`.
+
+        Raises:
+            ValueError: If N is not H * W, or one of these less than `sr_ratio`.
+        """
         H, W = grid_of(x.shape[1], H, W)
         key_size = reduced_size(H, W, self.sr_ratio or 1)
         if self.sr_ratio is None:

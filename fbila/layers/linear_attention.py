@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..ops import linear_attn
+from .checks import check_attn_drop, check_heads
 
 
 class LinearAttention(nn.Module):
@@ -61,13 +62,8 @@ class LinearAttention(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads must divide dim, got dim={dim} and num_heads={num_heads}")
-        if attn_drop:
-            raise ValueError(
-                f"attn_drop={attn_drop}: linear attention has no attention map to drop entries of; "
-                "use proj_drop"
-            )
+        check_heads(dim, num_heads)
+        check_attn_drop(attn_drop)
         self.num_heads = num_heads
         self.feature_map = feature_map
         self.eps = eps

@@ -147,9 +147,10 @@ def test_serves(sr):
     assert_serves(layer, x, 4, 6)
 
 
-def test_compiles_for_any_grid():
+@pytest.mark.parametrize("sizes", [[(4, 6)], [(6, 8), (9, 11)]], ids=["native", "resized"])
+def test_compiles_for_any_grid(sizes):
     layer, _ = make(4, 6, sr=2)
-    assert_compiles(layer, *((torch.randn(2, H * W, 16), H, W) for H, W in ((4, 6), (5, 8))))
+    assert_compiles(layer, *((torch.randn(2, H * W, 16), H, W) for H, W in sizes))
 
 
 def test_in_half_precision():
