@@ -7,6 +7,7 @@ benchmarks/README.md says what is measured and how to read it.
 """
 
 import argparse
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,13 +20,17 @@ from ..turns import measure_subject
 from ..unet.report import summary
 from ..unet.timer import StepTimer
 from .report import lines
-from .rows import ROWS, TINY_ROWS, select
+from .rows import ROWS, TINY_ROWS, Row, select
 from .step import make_step
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(
+    argv: list[str] | None = None,
+    all_rows: Sequence[Row] = ROWS,
+    tiny_rows: Sequence[Row] = TINY_ROWS,
+) -> int:
     args = _parse(argv)
-    rows = select(TINY_ROWS if args.device == "cpu" else ROWS, args.only)
+    rows = select(tiny_rows if args.device == "cpu" else all_rows, args.only)
     if not rows:
         raise SystemExit(f"No row's name begins with {' or '.join(args.only)}; see --list.")
     if args.list:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backbones
+from . import linear_models as linear
 
 Way = Callable[[nn.Module], AbstractContextManager]
 Draw = Callable[[int, int, torch.Generator], Mapping[str, Tensor]]
@@ -50,8 +51,41 @@ _BACKBONE: dict[str, Any] = {
     "same": {"softmax": "softmax", "linear": "eager linear"},
 }
 
+_LINEAR: dict[str, Any] = {
+    "ways": {"stock": lambda model: nullcontext(), "accelerated": linear.accelerated},
+    "same": {"stock": "stock", "accelerated": "stock"},
+}
+_SANA = {**_LINEAR, "call": linear.call_transformer}
+_DC_AE = {**_LINEAR, "call": linear.call_decoder}
+
 HOSTS = {
     "vit_base_patch16": Host("ViT-B/16", backbones.vit_base, **_BACKBONE),
     # For trying the benchmark out on a CPU.
     "tiny": Host("a tiny ViT", backbones.tiny, **_BACKBONE),
+    "sana_1600m": Host("Sana 1.6B", linear.sana, linear.draw_sana, **_SANA),
+    "sana_attention": Host(
+        "Sana's attention", linear.sana_attention, linear.draw_sana_tokens, **_LINEAR
+    ),
+    "sana_video_2b": Host("SanaVideo 2B", linear.sana_video, linear.draw_sana_video, **_SANA),
+    "sana_video_attention": Host(
+        "SanaVideo's attention",
+        linear.sana_video_attention,
+        linear.draw_video_tokens,
+        **_LINEAR,
+        call=linear.call_rotated,
+    ),
+    "dc_ae_f32": Host("DC-AE-f32, decoding", linear.dc_ae, linear.draw_latents, **_DC_AE),
+    "dc_ae_attention": Host(
+        "DC-AE's attention",
+        linear.dc_ae_attention,
+        linear.draw_dc_ae_level,
+        **_LINEAR,
+    ),
+    "efficientvit_l2": Host("EfficientViT-L2", linear.efficientvit, backbones.draw, **_LINEAR),
+    "lite_mla": Host("LiteMLA", linear.lite_mla, linear.draw_lite_mla_level, **_LINEAR),
+    "tiny_sana": Host("a tiny Sana", linear.tiny_sana, linear.draw_tiny_sana, **_SANA),
+    "tiny_dc_ae": Host("a tiny DC-AE", linear.tiny_dc_ae, linear.draw_tiny_latents, **_DC_AE),
+    "tiny_efficientvit": Host(
+        "a tiny EfficientViT", linear.tiny_efficientvit, backbones.draw, **_LINEAR
+    ),
 }

@@ -1,0 +1,59 @@
+"""The command for models that are linear already, on a CPU with tiny ones."""
+
+import pytest
+import torch
+
+from benchmarks import turns
+from benchmarks.hosts import linear
+from benchmarks.hosts.linear_models import draw_sana_tokens, draw_sana_video
+from benchmarks.hosts.linear_rows import LINEAR_ROWS, TINY_LINEAR_ROWS
+from benchmarks.hosts.models import HOSTS
+from benchmarks.results import read
+from fbila.adapters import relu_attention
+
+
+@pytest.fixture(autouse=True)
+def light(monkeypatch):
+    # Collecting garbage takes longer than a row.
+    monkeypatch.setattr(turns, "free", lambda: None)
+
+
+def run(path, *options) -> int:
+    return linear.main(["--device", "cpu", "--seconds", "0", "--output", str(path), *options])
+
+
+def test_every_tiny_row_is_measured(tmp_path):
+    path = tmp_path / "linear.json"
+    assert run(path) == 0
+    cases = read(path)["cases"]
+    assert list(cases) == [row.name for row in TINY_LINEAR_ROWS]
+    for record in cases.values():
+        assert record["status"] == "measured"
+        assert list(record["attentions"]) == ["stock", "accelerated"]
+
+
+def test_what_is_wrong_has_no_time(tmp_path, monkeypatch):
+    right = relu_attention.linear_attn
+    monkeypatch.setattr(relu_attention, "linear_attn", lambda q, k, v, **kw: right(k, q, v, **kw))
+    path = tmp_path / "linear.json"
+    assert run(path, "--only", "inference/eager/tiny_dc_ae") == 1
+    (record,) = read(path)["cases"].values()
+    assert record["status"] == "wrong"
+    assert "ms" not in record["attentions"]["accelerated"]
+
+
+def test_the_rows_have_a_model_and_goals():
+    assert {row.host for row in LINEAR_ROWS} <= HOSTS.keys()
+    for row in LINEAR_ROWS:
+        time, memory = row.goals
+        alone = row.host.endswith("attention") or row.host == "lite_mla"
+        assert time.factor == (1 / 3 if alone else 1 / 1.2)
+        assert (memory.quantity, memory.factor) == ("peak_bytes", 1)
+
+
+def test_the_tokens_are_those_of_the_published_models():
+    generator = torch.Generator()
+    assert draw_sana_tokens(1024, 2, generator)["hidden_states"].shape == (2, 1024, 2240)
+    video = draw_sana_video(832, 1, generator)["hidden_states"]
+    assert video.shape == (1, 16, 21, 60, 104)
+    assert video[0, 0, :, ::2, ::2].numel() == 32760
