@@ -163,6 +163,18 @@ def test_in_half_precision():
         assert (output - expected).norm() <= 8 * torch.finfo(dtype).eps * expected.norm()
 
 
+def test_powers_are_rounded_once(monkeypatch):
+    layer, _ = make(3, 5, dtype=torch.bfloat16)
+    randomize(layer)
+    capture = Capture(polaformer.linear_attn)
+    monkeypatch.setattr(polaformer, "linear_attn", capture)
+    q = 3 * torch.rand(2, 2, 15, 8).bfloat16()
+    layer.attend(q, q, q)
+    scale = F.softplus(layer.scale.double()).view(2, 1, 8)
+    exact = (q / scale) ** (1 + 4 * layer.power.double().sigmoid())
+    torch.testing.assert_close(capture.inputs[0].double(), exact, rtol=2**-8, atol=0)
+
+
 def test_powers_beyond_float16_stay_finite():
     layer, x = make(3, 5, dtype=torch.float16)
     output = layer(100 * x.half(), 3, 5)

@@ -138,6 +138,14 @@ def test_in_half_precision():
         assert (output - expected).norm() <= 8 * torch.finfo(dtype).eps * expected.norm()
 
 
+def test_features_are_rounded_once():
+    x = 5 * torch.rand(2, 2, 15, 8).bfloat16()
+    sharpness = torch.randn(1, 2, 1, 16).bfloat16()
+    exact = torch.expm1(x * sharpness.double().sigmoid()[..., :8])
+    actual = polaformer_pp.spikes(x, sharpness)
+    torch.testing.assert_close(actual.double(), exact, rtol=2**-8, atol=0)
+
+
 def test_features_beyond_float16_stay_finite():
     layer, x = make(3, 5, dtype=torch.float16)
     output = layer(100 * x.half(), 3, 5)
