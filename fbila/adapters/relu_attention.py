@@ -43,12 +43,19 @@ def attend_picture(qkv: Tensor, head_dim: int, eps: float) -> Tensor:
 def join_heads(outputs: list[Tensor], size: tuple[int, int]) -> Tensor:
     """A picture `(B, H * D, height, width)` of the heads of all `outputs` `(B, H, N, D)`.
 
-    In channels_last unless all of them are channels-first, so that one alone is not copied.
+    NCHW where all of them are channels-first, else channels_last. The heads of a single one are
+    not copied.
     """
     if all(is_channels_first(o) for o in outputs):
-        return torch.cat([o.transpose(2, 3) for o in outputs], 1).flatten(1, 2).unflatten(2, size)
-    tokens = torch.cat([o.transpose(1, 2) for o in outputs], 2)
+        return (
+            _concatenate([o.transpose(2, 3) for o in outputs], 1).flatten(1, 2).unflatten(2, size)
+        )
+    tokens = _concatenate([o.transpose(1, 2) for o in outputs], 2)
     return tokens.flatten(2).unflatten(1, size).permute(0, 3, 1, 2)
+
+
+def _concatenate(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def why_not_relu(nonlinearity: nn.Module) -> str:

@@ -262,15 +262,17 @@ def test_pictures_are_read_in_place(name, order, monkeypatch):
 
 
 @torch.no_grad()
-def test_the_output_of_one_scale_is_not_copied():
+def test_heads_are_joined_in_the_order_of_the_picture():
     for q in (normal(2, 3, 8, 20).transpose(2, 3), normal(2, 20, 3, 8).transpose(1, 2)):
         o = fbila.linear_attn(q, q, q, feature_map="relu")
         joined = relu_attention.join_heads([o, o], (4, 5))
         assert torch.equal(joined[:, 24:], o.transpose(2, 3).reshape(2, 24, 4, 5))
         first = q.stride(2) == 1
-        assert joined.is_contiguous(
-            memory_format=torch.contiguous_format if first else torch.channels_last
-        )
+        order = torch.contiguous_format if first else torch.channels_last
+        assert joined.is_contiguous(memory_format=order)
+        alone = relu_attention.join_heads([o], (4, 5))
+        assert alone.is_contiguous(memory_format=order)
+        assert alone.data_ptr() == o.data_ptr()
 
 
 @pytest.mark.parametrize("name", ["Sana", "EfficientViT", "CoaT"])
