@@ -26,6 +26,23 @@ def ordinary(*tensors: torch.Tensor | None) -> bool:
     )
 
 
+def direct(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether kernels can be launched on these without the dispatcher."""
+    return x.is_cuda and ordinary(x, *others)
+
+
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def require_frozen(op: str, *tensors: torch.Tensor | None) -> None:
+    """Raises NotImplementedError if one of these weights is to have a gradient from `op`."""
+    if needs_gradient(*tensors):
+        raise NotImplementedError(
+            f"{op} has no gradients of its weights and biases. Freeze them, or use PyTorch's own."
+        )
+
+
 def linear_attn(q, k, v, key_weight, *options):
     """`fbila::linear_attn`, straight away where nothing stands in between."""
     if not ordinary(q, k, v, key_weight):
@@ -77,7 +94,9 @@ class LinearAttn(torch.autograd.Function):
         )
 
 
-def refuse_second_derivative(op: str, names: str) -> None:
+def refuse_second_derivative(
+    op: str, names: str, instead: str = "Pass impl='reference' for gradients of gradients."
+) -> None:
     """Make the backward pass `op` say that it has no gradient, rather than give a zero one."""
 
     class Refusal(torch.autograd.Function):
@@ -89,8 +108,7 @@ def refuse_second_derivative(op: str, names: str) -> None:
         @staticmethod
         def backward(ctx, *_):
             raise NotImplementedError(
-                f"{names} cannot be differentiated twice by their kernels. Pass "
-                "impl='reference' for gradients of gradients."
+                f"{names} cannot be differentiated twice by their kernels. {instead}"
             )
 
     LIBRARY.impl(op, lambda *arguments: Refusal.apply(*arguments), "Autograd")

@@ -1,4 +1,4 @@
-"""GroupNorm, with what is added before it and SiLU behind it, as a torch.library op for inference.
+"""GroupNorm, with what is added before it and SiLU behind it, as a torch.library op.
 
 `fbila::group_norm`: x `(B, C, ...)`, shift `(B, C)`, x_bias, weight and bias `(C,)`
 
@@ -6,15 +6,20 @@
 
 x may be NCHW or channels_last, and is read in place; y lies in memory as x does, or in
 channels_last where that is asked for, in x's dtype or another. A kernel on CUDA, PyTorch elsewhere.
+
+It has gradients of x and shift; weights and biases must be frozen. Kept for them are the inputs and
+two numbers a group, its mean and 1 / deviation.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Union
 
 import torch
 import torch.nn.functional as F
 
-from .autograd import ordinary
+from . import group_norm_backward_library as gradient
+from .autograd import direct, needs_gradient, require_frozen
 from .library import LIBRARY, sum_dtype
 from .memory_format import beside, dense, dtypes_of, empty_in_order, is_channels_last
 
@@ -22,10 +27,12 @@ if TYPE_CHECKING:
     from .kernels.group_norm import GroupNorm
     from .kernels.short_group_norm import ShortGroupNorm
 
-LIBRARY.define(
-    "group_norm(Tensor x, Tensor? shift, Tensor? x_bias, Tensor weight, Tensor bias, int groups, "
-    "float eps, bool silu, bool channels_last, ScalarType? dtype=None) -> Tensor"
+_ARGUMENTS = (
+    "Tensor x, Tensor? shift, Tensor? x_bias, Tensor weight, Tensor bias, int groups, float eps, "
+    "bool silu, bool channels_last, ScalarType? dtype=None"
 )
+LIBRARY.define(f"group_norm({_ARGUMENTS}) -> Tensor")
+LIBRARY.define(f"group_norm_forward({_ARGUMENTS}) -> (Tensor, Tensor)")
 
 
 @lru_cache(maxsize=1024)
@@ -52,7 +59,9 @@ def planned(
     return plan(shape, dtype, dtype_y, last, last_y, groups, eps, silu)
 
 
-def in_kernel(x, shift, x_bias, weight, bias, groups, eps, silu, channels_last, dtype=None):
+def in_kernel(
+    x, shift, x_bias, weight, bias, groups, eps, silu, channels_last, dtype=None, statistics=None
+):
     B, C = x.shape[:2]
     if C % groups:
         raise ValueError(f"groups must divide the channels, got {groups} and {C}.")
@@ -64,8 +73,18 @@ def in_kernel(x, shift, x_bias, weight, bias, groups, eps, silu, channels_last, 
     if y.numel():
         others = dtypes_of(shift, x_bias, weight, bias)
         run = planned(x.shape, x.dtype, y.dtype, others, last, last_y, groups, eps, silu)
-        run(x, shift, x_bias, weight, bias, y)
+        run(x, shift, x_bias, weight, bias, y, statistics)
     return y
+
+
+def forward_in_kernel(x, shift, x_bias, weight, bias, groups, *options):
+    statistics = empty_statistics(x, groups)
+    y = in_kernel(x, shift, x_bias, weight, bias, groups, *options, statistics=statistics)
+    return y, statistics
+
+
+def empty_statistics(x: torch.Tensor, groups: int) -> torch.Tensor:
+    return x.new_empty((2, len(x), groups), dtype=sum_dtype(x))
 
 
 def group_norm_(
@@ -89,7 +108,13 @@ def group_norm_(
     return x
 
 
-def in_pytorch(x, shift, x_bias, weight, bias, groups, eps, silu, channels_last, dtype=None):
+def in_pytorch(*arguments):
+    return forward_in_pytorch(*arguments)[0]
+
+
+def forward_in_pytorch(
+    x, shift, x_bias, weight, bias, groups, eps, silu, channels_last, dtype=None
+):
     wide = sum_dtype(x)
     over = (1, -1, *[1] * (x.ndim - 2))
     z = x.to(wide)
@@ -98,19 +123,67 @@ def in_pytorch(x, shift, x_bias, weight, bias, groups, eps, silu, channels_last,
     if x_bias is not None:
         z = z + x_bias.view(over)
     grouped = z.reshape(len(x), groups, -1)
+    variance, mean = torch.var_mean(grouped, -1, correction=0)
     normed = F.layer_norm(grouped, grouped.shape[-1:], eps=eps).view(x.shape)
     normed = normed * weight.view(over) + bias.view(over)
     y = empty_in_order(x, channels_last or is_channels_last(x) is True, dtype)
-    return y.copy_(F.silu(normed) if silu else normed)
+    y.copy_(F.silu(normed) if silu else normed)
+    return y, torch.stack((mean, (variance + eps).rsqrt()))
+
+
+class GroupNormFunction(torch.autograd.Function):
+    """`fbila::group_norm` and its gradient."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        tensors, silu = inputs[:5], inputs[7]
+        if direct(*tensors):
+            y, statistics = forward_in_kernel(*inputs)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                y, statistics = torch.ops.fbila.group_norm_forward(*inputs)
+        ctx.save_for_backward(*tensors, statistics)
+        ctx.silu = silu
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, shift, *rest = ctx.saved_tensors
+        # With gradients enabled, gradients of gradients are wanted, which the op refuses.
+        unseen = not torch.is_grad_enabled() and direct(dy, x, shift, *rest)
+        run = gradient.in_kernel if unseen else torch.ops.fbila.group_norm_backward
+        dx = run(dy, x, shift, *rest, ctx.silu)
+        need_x, need_shift = ctx.needs_input_grad[:2]
+        dshift = None
+        if need_shift:
+            over = tuple(range(2, x.ndim))
+            dshift = (dx.sum(over, dtype=sum_dtype(x)) if over else dx).to(shift.dtype)
+        return dx if need_x else None, dshift, *[None] * 8
+
+
+def differentiable(x, shift, x_bias, weight, bias, groups, eps, silu, channels_last, dtype=None):
+    require_frozen("group_norm", x_bias, weight, bias)
+    return GroupNormFunction.apply(
+        x, shift, x_bias, weight, bias, groups, eps, silu, channels_last, dtype
+    )
 
 
 LIBRARY.impl("group_norm", in_kernel, "CUDA")
 LIBRARY.impl("group_norm", in_pytorch, "CPU")
+LIBRARY.impl("group_norm", differentiable, "Autograd")
+LIBRARY.impl("group_norm_forward", forward_in_kernel, "CUDA")
+LIBRARY.impl("group_norm_forward", forward_in_pytorch, "CPU")
 
 
 @torch.library.register_fake("fbila::group_norm", lib=LIBRARY)
 def _(x, shift, x_bias, weight, bias, groups, eps, silu, channels_last, dtype=None):
     return empty_in_order(x, channels_last or is_channels_last(x) is True, dtype)
+
+
+@torch.library.register_fake("fbila::group_norm_forward", lib=LIBRARY)
+def _(x, shift, x_bias, weight, bias, groups, eps, silu, channels_last, dtype=None):
+    y = empty_in_order(x, channels_last or is_channels_last(x) is True, dtype)
+    return y, empty_statistics(x, groups)
 
 
 def group_norm(
@@ -126,5 +199,7 @@ def group_norm(
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """`fbila::group_norm`, straight away where nothing stands in between."""
-    run = in_kernel if x.is_cuda and ordinary(x) else torch.ops.fbila.group_norm
+    run: Callable[..., torch.Tensor] = torch.ops.fbila.group_norm
+    if direct(x, shift):
+        run = differentiable if needs_gradient(x, shift, x_bias, weight, bias) else in_kernel
     return run(x, shift, x_bias, weight, bias, groups, eps, silu, channels_last, dtype)

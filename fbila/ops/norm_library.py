@@ -5,13 +5,16 @@ sets of rows is normalised over D and has its own weight and bias, which may be 
 the gradient x alone is kept. A kernel on CUDA, PyTorch elsewhere.
 
 `fbila::layer_norm`: x `(..., D)`, weight and bias `(D,)` or None -> `(..., D)` in x's dtype or
-another, for inference, by the same kernel.
+another, by the same kernel. It has a gradient of x, for which x and weight are kept; weight and
+bias must be frozen.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from .autograd import ordinary, refuse_second_derivative
+from .autograd import direct, needs_gradient, refuse_second_derivative, require_frozen
 from .library import LIBRARY, sum_dtype
 from .memory_format import beside, dtypes_of
 
@@ -21,6 +24,7 @@ LIBRARY.define(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType? dtype=None) "
     "-> Tensor"
 )
+LIBRARY.define("layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, float eps) -> Tensor")
 LIBRARY.define(
     f"layer_norm_leaky_relu_backward(Tensor dy, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
 )
@@ -61,6 +65,36 @@ def plain_in_pytorch(x, weight, bias, eps, dtype=None):
     return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps).to(dtype or x.dtype)
 
 
+def plain_backward_in_kernel(dy, x, weight, eps):
+    from .kernels.norm_backward import plan_grad_layer_norm
+
+    (weight,) = beside(x, x.shape[-1:], weight)
+    x, dy = x.contiguous(), dy.contiguous()
+    dx = torch.empty_like(x)
+    if dx.numel():
+        others = dtypes_of(dy, weight, None)
+        plan_grad_layer_norm(x.shape, x.dtype, others, eps)(x, dy, weight, None, dx, None)
+    return dx
+
+
+def plain_backward_in_pytorch(dy, x, weight, eps):
+    wide = sum_dtype(x)
+    h, r = normalized(x, eps)
+    dh = dy.to(wide) if weight is None else dy.to(wide) * weight
+    return grad_by_row(dh, h, r).to(x.dtype)
+
+
+def normalized(x, eps):
+    """x less its mean over its deviation, and 1 over that."""
+    h = x.to(sum_dtype(x)) - x.mean(-1, keepdim=True, dtype=sum_dtype(x))
+    r = (h.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return h * r, r
+
+
+def grad_by_row(dh, h, r):
+    return r * (dh - dh.mean(-1, keepdim=True) - h * (dh * h).mean(-1, keepdim=True))
+
+
 def backward_in_kernel(dy, x, weight, bias, eps, slope):
     from .kernels.norm_backward import launch_grad_norm
 
@@ -74,13 +108,10 @@ def backward_in_kernel(dy, x, weight, bias, eps, slope):
 
 def backward_in_pytorch(dy, x, weight, bias, eps, slope):
     wide = sum_dtype(x)
-    h = x.to(wide) - x.mean(-1, keepdim=True, dtype=wide)
-    r = (h.square().mean(-1, keepdim=True) + eps).rsqrt()
-    h = h * r
+    h, r = normalized(x, eps)
     w = weight[:, None].to(wide)
     dz = torch.where(h * w + bias[:, None] > 0, dy.to(wide), dy.to(wide) * slope)
-    dh = dz * w
-    dx = r * (dh - dh.mean(-1, keepdim=True) - h * (dh * h).mean(-1, keepdim=True))
+    dx = grad_by_row(dz * w, h, r)
     return dx.to(x.dtype), (dz * h).sum(1).to(weight.dtype), dz.sum(1).to(bias.dtype)
 
 
@@ -106,11 +137,6 @@ class LayerNormLeakyReLU(torch.autograd.Function):
         return (*run(dy, *tensors, *ctx.scalars), None, None)
 
 
-def direct(*tensors: torch.Tensor) -> bool:
-    """Whether the kernel can be launched without the dispatcher."""
-    return tensors[0].is_cuda and ordinary(*tensors)
-
-
 LIBRARY.impl("layer_norm_leaky_relu", in_kernel, "CUDA")
 LIBRARY.impl("layer_norm_leaky_relu", in_pytorch, "CPU")
 LIBRARY.impl("layer_norm_leaky_relu", lambda *x: LayerNormLeakyReLU.apply(*x), "Autograd")
@@ -119,8 +145,42 @@ LIBRARY.impl("layer_norm_leaky_relu_backward", backward_in_pytorch, "CPU")
 refuse_second_derivative("layer_norm_leaky_relu_backward", "layer_norm_leaky_relu")
 
 
+class LayerNorm(torch.autograd.Function):
+    """`fbila::layer_norm` and its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, dtype):
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        if direct(x, weight, bias):
+            return plain_in_kernel(x, weight, bias, eps, dtype)
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.fbila.layer_norm(x, weight, bias, eps, dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        unseen = not torch.is_grad_enabled() and direct(dy, x, weight)
+        run = plain_backward_in_kernel if unseen else torch.ops.fbila.layer_norm_backward
+        return run(dy, x, weight, ctx.eps), None, None, None, None
+
+
+def plain_differentiable(x, weight, bias, eps, dtype=None):
+    require_frozen("layer_norm", weight, bias)
+    return LayerNorm.apply(x, weight, bias, eps, dtype)
+
+
 LIBRARY.impl("layer_norm", plain_in_kernel, "CUDA")
 LIBRARY.impl("layer_norm", plain_in_pytorch, "CPU")
+LIBRARY.impl("layer_norm", plain_differentiable, "Autograd")
+LIBRARY.impl("layer_norm_backward", plain_backward_in_kernel, "CUDA")
+LIBRARY.impl("layer_norm_backward", plain_backward_in_pytorch, "CPU")
+refuse_second_derivative("layer_norm_backward", "layer_norm", "Use PyTorch's own for that.")
+
+
+@torch.library.register_fake("fbila::layer_norm_backward", lib=LIBRARY)
+def _(dy, x, weight, eps):
+    return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("fbila::layer_norm", lib=LIBRARY)
@@ -157,5 +217,7 @@ def layer_norm(
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """`fbila::layer_norm`, straight away where nothing stands in between."""
-    run = plain_in_kernel if direct(x) else torch.ops.fbila.layer_norm
+    run: Callable[..., torch.Tensor] = torch.ops.fbila.layer_norm
+    if direct(x):
+        run = plain_differentiable if needs_gradient(x, weight, bias) else plain_in_kernel
     return run(x, weight, bias, eps, dtype)

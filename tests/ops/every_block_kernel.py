@@ -21,7 +21,7 @@ def pictures(dtype: torch.dtype):
     for (C, side), last in itertools.product(((320, 8), (320, 96), (60, 7)), FORMATS):
         x = torch.randn(2, C, side, side, device="cuda").to(dtype, memory_format=last)
         shift = torch.randn(2, C, device="cuda", dtype=dtype)
-        bias = shift[0]
+        bias = torch.randn(C, device="cuda", dtype=dtype)
         name = f"{C} x {side} {str(last)[6:]}"
         for to_last in (False, True):
             yield (
@@ -31,6 +31,12 @@ def pictures(dtype: torch.dtype):
         for other in FORMATS:
             residual = x.contiguous(memory_format=other)
             yield f"add_bias {name}", add_bias(x, residual, bias, bias)
+        leaves = (x.requires_grad_(), shift.requires_grad_())
+        for to_last in (False, True):
+            y = group_norm_library.group_norm(x, shift, bias, bias, bias, 20, 1e-5, True, to_last)
+            for gradient in torch.autograd.grad(y, leaves, torch.ones_like(y)):
+                yield f"gradient of group_norm {name}", gradient
+        x = x.detach()
         yield f"in place {name}", group_norm_library.group_norm_(x, bias, bias, 20, 1e-5)
 
 
@@ -42,6 +48,12 @@ def rows(dtype: torch.dtype):
         with torch.no_grad():
             yield f"geglu {D}", geglu(x)
             yield f"layer_norm {D}", layer_norm(x, None, None, 1e-5)
+        for function, y in (
+            ("geglu", geglu(x)),
+            ("layer_norm", layer_norm(x, None, None, 1e-5)),
+        ):
+            (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+            yield f"gradient of {function} {D}", gradient
         y = layer_norm_leaky_relu(x.unflatten(1, (2, D)).transpose(0, 1), weight, weight, 1e-5, 0.1)
         yield f"norm with activation {D}", y
         for gradient in torch.autograd.grad(y, (x, weight), torch.ones_like(y)):

@@ -11,7 +11,13 @@ from functools import partial
 import torch
 from sm_90 import Arguments, accesses, compile_sm_90, resources
 
-from fbila.ops import add_bias_library, geglu_library, group_norm_library, norm_library
+from fbila.ops import (
+    add_bias_library,
+    geglu_library,
+    group_norm_backward_library,
+    group_norm_library,
+    norm_library,
+)
 from fbila.ops.kernels.launch import Launch
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -19,6 +25,11 @@ FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 
 def planes(*shape: int, last: str = "nchw") -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.bfloat16).contiguous(memory_format=FORMATS[last])
+
+
+def gradient(dy: torch.Tensor, x: torch.Tensor, *vectors: torch.Tensor | None) -> None:
+    statistics = torch.zeros(2, len(x), 32)
+    group_norm_backward_library.in_kernel(dy, x, *vectors, statistics, True)
 
 
 def calls():
@@ -34,8 +45,19 @@ def calls():
                         x, *options, last_y
                     ),
                 )
+            for other in FORMATS:
+                dy = planes(2, C, side, side, last=other)
+                yield (
+                    f"gradient of group_norm {C} {side} {last} {other}",
+                    partial(gradient, dy, x, planes(2, C), channel, channel, channel),
+                )
+            dy, weight = planes(2, C, side, side, last=last), channel.float()
+            yield (
+                f"gradient of group_norm {C} {side} {last} of float32",
+                partial(gradient, dy, x.float(), None, None, weight, weight),
+            )
             # Under autocast.
-            wide, weight = x.float(), channel.float()
+            wide = x.float()
             options = (None, None, weight, weight, 32, 1e-5, True, False, torch.bfloat16)
             yield (
                 f"group_norm {C} {side} {last} of float32",
@@ -52,6 +74,8 @@ def calls():
     for D in (320, 640, 1280):
         x, channel = planes(2, 256, D), planes(D)
         yield f"geglu {D}", lambda x=x: geglu_library.in_kernel(x)
+        wide = planes(2, 256, 2 * D)
+        yield f"gradient of geglu {D}", partial(geglu_library.backward_in_kernel, x, wide)
         yield (
             f"layer_norm {D}",
             lambda x=x, channel=channel: norm_library.plain_in_kernel(x, channel, channel, 1e-5),
@@ -67,6 +91,11 @@ def calls():
                 torch.bfloat16,
             ),
         )
+        for name, kept in (("", x), (" of float32", x.float())):
+            yield (
+                f"gradient of layer_norm {D}{name}",
+                partial(norm_library.plain_backward_in_kernel, x, kept, channel, 1e-5),
+            )
         # Of queries and of keys, side by side.
         pair = planes(256, 2 * D).as_strided((2, 256, D), (D, 2 * D, 1))
         arguments = (pair, planes(2, D), planes(2, D), 1e-5, 0.01)

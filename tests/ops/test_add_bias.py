@@ -74,6 +74,35 @@ def test_the_wider_dtype(function, dtypes, last_x, last):
     assert_rounded_once(actual, exact(x, residual, *biases))
 
 
+@pytest.mark.parametrize("last_x", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float16, torch.float32)])
+def test_gradients_lie_as_the_inputs_do(dtypes, last_x, last):
+    shape = (2, 6, 4, 5)
+    x = draw(shape, dtypes[0], last_x).requires_grad_()
+    residual = draw(shape, dtypes[1], last, seed=1).requires_grad_()
+    bias, dy = draw((6,), torch.float32), draw(shape, torch.float32, not last, seed=2)
+    for leaf, grad in zip(
+        (x, residual), torch.autograd.grad(add_bias(x, residual, bias), (x, residual), dy),
+        strict=True,
+    ):  # fmt: skip
+        assert is_channels_last(grad) == is_channels_last(leaf)
+        assert torch.equal(grad, dy.to(leaf.dtype))
+
+
+def test_biases_have_no_gradients():
+    x, bias = draw((2, 6, 4, 5), torch.float32), draw((6,), torch.float32).requires_grad_()
+    with pytest.raises(NotImplementedError, match="no gradients of its weights and biases"):
+        add_bias(x, x, bias)
+    with torch.no_grad():
+        add_bias(x, x, bias)
+
+
+def test_gradients_of_gradients():
+    x, residual = (draw((2, 3, 2), torch.float64, seed=i).requires_grad_() for i in range(2))
+    torch.autograd.gradgradcheck(lambda *tensors: add_bias(*tensors), (x, residual))
+
+
 def test_tensors_that_are_not_alike():
     x = torch.zeros(2, 6, 4, 5, device=DEVICE)
     with pytest.raises(ValueError, match="must be alike"):

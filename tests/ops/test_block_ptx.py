@@ -34,7 +34,8 @@ def test_all_kernels_are_seen(kernels):
     assert {name.split(": ")[1] for name in kernels} == {
         "group_statistics_kernel", "group_merge_kernel", "group_apply_kernel",
         "short_group_norm_kernel", "add_bias_kernel", "geglu_kernel", "norm_kernel",
-        "grad_norm_kernel",
+        "grad_norm_kernel", "geglu_backward_kernel", "short_group_norm_backward_kernel",
+        "group_grad_parts_kernel", "group_grad_merge_kernel", "group_grad_apply_kernel",
     }  # fmt: skip
 
 

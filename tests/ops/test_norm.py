@@ -12,6 +12,8 @@ from fbila.ops.kernels.norm_backward import launch_grad_norm
 from fbila.ops.norm_library import (
     layer_norm,
     layer_norm_leaky_relu,
+    plain_backward_in_kernel,
+    plain_backward_in_pytorch,
     plain_in_kernel,
     plain_in_pytorch,
 )
@@ -135,8 +137,45 @@ def test_without_an_activation_opcheck_and_errors():
     torch.library.opcheck(op, (x, weight, weight, 1e-5))
     torch.library.opcheck(op, (x, None, None, 1e-5))
     torch.library.opcheck(op, (x, weight, None, 1e-5, torch.float16))
+    torch.library.opcheck(op, (x.clone().requires_grad_(), weight, None, 1e-5))
+    backward = torch.ops.fbila.layer_norm_backward.default
+    torch.library.opcheck(backward, (x.half(), x, weight, 1e-5))
     with pytest.raises(ValueError, match=r"shape \[16\] .* got \[15\]"):
         plain_in_kernel(x, weight[1:], None, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [*itertools.product([*DTYPES, torch.float64], repeat=2)], ids=str
+)
+@pytest.mark.parametrize("shape", [(2, 33, 64), (1, 3), (7, 30), (700, 40)], ids=str)
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("function", [plain_backward_in_kernel, plain_backward_in_pytorch])
+def test_the_gradient_without_an_activation(function, shape, affine, dtypes):
+    dtype, dtype_y = dtypes
+    torch.manual_seed(0)
+    x = (3 + 2 * torch.randn(shape, dtype=torch.float64, device=DEVICE)).to(dtype)
+    dy = torch.randn(shape, dtype=torch.float64, device=DEVICE).to(dtype_y)
+    weight = torch.randn(shape[-1], dtype=torch.float64, device=DEVICE) if affine else None
+    leaf = x.double().requires_grad_()
+    F.layer_norm(leaf, shape[-1:], weight, None, 1e-5).backward(dy.double())
+    actual = function(dy, x, weight, 1e-5)
+    assert actual.dtype == dtype and actual.is_contiguous()
+    bound = (2 if dtype.itemsize == 2 else 16) * torch.finfo(dtype).eps
+    assert (actual.double() - leaf.grad).abs().max() <= bound * (leaf.grad.abs().max() + 1)
+
+
+def test_the_gradient_of_the_input_alone():
+    x = torch.randn(5, 6, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    weight = torch.randn(6, dtype=torch.float64, device=DEVICE)
+    torch.autograd.gradcheck(lambda x: layer_norm(x, weight, weight, 1e-5), x)
+    with pytest.raises(NotImplementedError, match="no gradients of its weights and biases"):
+        layer_norm(x, weight.requires_grad_(), weight, 1e-5)
+    with torch.no_grad():
+        layer_norm(x, weight, weight, 1e-5)
+    weight.requires_grad_(False)
+    (dx,) = torch.autograd.grad(layer_norm(x, weight, None, 1e-5).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="layer_norm cannot be differentiated twice"):
+        dx.sum().backward()
 
 
 def test_a_launch_is_for_one_dtype_of_each_tensor():

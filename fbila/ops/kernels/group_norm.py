@@ -85,7 +85,7 @@ def group_statistics_kernel(
 
 @kernel
 def group_merge_kernel(
-    scratch, shift, x_bias, weight,
+    scratch, shift, x_bias, weight, statistics,
     all_parts: "i64", rows: "i64", positions: "i64", part: "i64", eps: "fp64",
     groups: "i32", group_channels: "i32", parts: "i32",
     BLOCK: tl.constexpr, ACC: tl.constexpr,
@@ -116,6 +116,9 @@ def group_merge_kernel(
         b_m2 = tl.load(p_part + all_parts + o, mask=mask, other=0.0)
         b_variance += tl.where(mask, b_m2 * whole + b_d * b_d * share, 0.0)
     inverse = 1.0 / tl.sqrt(tl.sum(b_variance, 0) + tl.full((), eps, ACC))
+    if statistics is not None:
+        tl.store(statistics + tl.program_id(0), mean)
+        tl.store(statistics + tl.num_programs(0) + tl.program_id(0), inverse)
     p_channel = scratch + 2 * all_parts + row
     for i in range(0, group_channels, BLOCK):
         o = i + tl.arange(0, BLOCK)
@@ -154,6 +157,16 @@ def group_apply_kernel(
     tl.store(y + sample + o_y, b_y.to(y.dtype.element_ty), mask=mask)
 
 
+def split(planes: Planes, block_c: int, block_p: int) -> tuple[int, int, int]:
+    """Blocks of channels, and the parts that positions are split into, of how many tiles each."""
+    c_blocks, p_blocks = planes.blocks(block_c, block_p)
+    tiles = max(1, c_blocks * p_blocks // PROGRAMS)
+    # Parts as even as can be.
+    parts = triton.cdiv(p_blocks, tiles)
+    tiles = triton.cdiv(p_blocks, parts)
+    return c_blocks, triton.cdiv(p_blocks, tiles), tiles
+
+
 class GroupNorm:
     """The three launches for tensors of one shape.
 
@@ -176,12 +189,7 @@ class GroupNorm:
         acc = Tiling.acc(dtype)
         rows = planes.samples * planes.channels
         block_c, block_p = planes.tile(STATISTICS, last)
-        c_blocks, p_blocks = planes.blocks(block_c, block_p)
-        tiles = max(1, c_blocks * p_blocks // PROGRAMS)
-        # Parts as even as can be.
-        parts = triton.cdiv(p_blocks, tiles)
-        tiles = triton.cdiv(p_blocks, parts)
-        parts = triton.cdiv(p_blocks, tiles)
+        c_blocks, parts, tiles = split(planes, block_c, block_p)
         all_parts = rows * parts
         self.scratch = 2 * all_parts + 2 * rows
         self.statistics = Launch(
@@ -227,9 +235,11 @@ class GroupNorm:
         weight: torch.Tensor,
         bias: torch.Tensor,
         y: torch.Tensor,
+        statistics: torch.Tensor | None = None,
     ) -> None:
+        """statistics: filled with the mean and 1 / deviation of each group, `(2, B, groups)`."""
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         scratch = x.new_empty(self.scratch, dtype=wide)
         self.statistics(x, scratch)
-        self.merge(scratch, shift, x_bias, weight)
+        self.merge(scratch, shift, x_bias, weight, statistics)
         self.apply(x, scratch, bias, y)

@@ -38,7 +38,7 @@ def group_tile(
 
 @kernel
 def short_group_norm_kernel(
-    x, shift, x_bias, weight, bias, y,
+    x, shift, x_bias, weight, bias, y, statistics,
     channels: "i64", positions: "i64", eps: "fp64", groups: "i32", group_channels: "i32",
     UNIT_C: tl.constexpr, UNIT_P: tl.constexpr, UNIT_G: tl.constexpr,
     LAST: tl.constexpr, LAST_Y: tl.constexpr,
@@ -76,6 +76,9 @@ def short_group_norm_kernel(
     mean += rest
     variance = tl.sum(b_square) * whole - rest * rest
     inverse = 1.0 / tl.sqrt(variance + tl.full((), eps, ACC))
+    if statistics is not None:
+        tl.store(statistics + tl.program_id(0), mean)
+        tl.store(statistics + tl.num_programs(0) + tl.program_id(0), inverse)
     for c in range(0, G, BLOCK_C):
         o = c + tl.arange(0, BLOCK_C)
         m_c = inside(o, group_channels, UNIT_G)
@@ -135,5 +138,7 @@ class ShortGroupNorm:
         weight: torch.Tensor,
         bias: torch.Tensor,
         y: torch.Tensor,
+        statistics: torch.Tensor | None = None,
     ) -> None:
-        self.launch(x, shift, x_bias, weight, bias, y)
+        """statistics: as in `GroupNorm`."""
+        self.launch(x, shift, x_bias, weight, bias, y, statistics)
