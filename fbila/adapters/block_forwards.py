@@ -1,8 +1,8 @@
 """The blocks of a Stable Diffusion UNet by kernels of fbila's: see `blocks.py`.
 
 Each class is one of diffusers' or PyTorch's with another forward and nothing else, so that a module
-changes from one to the other and back by its `__class__`. What a kernel does not serve runs the
-stock forward: training, tracing and compiling, other devices and dtypes.
+changes from one to the other and back by its `__class__`. What kernels do not serve, as
+`block_checks.py` tells, runs the stock forward.
 
 Convolutions leave their bias to whatever reads their result next. Under autocast norms write at
 once what the convolutions and linear maps behind them would cast float32 to.
@@ -18,6 +18,7 @@ from ..ops.add_bias_library import add_bias
 from ..ops.geglu_library import geglu
 from ..ops.group_norm_library import group_norm
 from ..ops.norm_library import layer_norm
+from .block_checks import plain, plain_norm, pointwise, read_by_maps, serves, takes
 from .host import host
 
 with host("diffusers"):
@@ -25,80 +26,12 @@ with host("diffusers"):
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# What autocast casts.
-_CAST = _DTYPES[:3]
-
-
-def has_kernels(x: Tensor) -> bool:
-    return x.is_cuda
-
-
-def serves(module: nn.Module, x: Any) -> bool:
-    """Whether the kernels stand for the module's stock forward on x."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
-    if type(x) is not Tensor or not has_kernels(x):
-        return False
-    if torch.is_grad_enabled() and (
-        x.requires_grad or any(p.requires_grad for p in module.parameters())
-    ):
-        return False
-    if torch.is_autocast_enabled(x.device.type):
-        return x.dtype in (torch.float32, read_by_maps(x)) and x.numel() > 0
-    return x.dtype in _DTYPES and x.numel() > 0
-
-
-def read_by_maps(x: Tensor) -> torch.dtype:
-    """The dtype in which convolutions and linear maps read x, or a norm of x."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def takes(weight: Any, x: Tensor) -> bool:
-    """Whether a norm of x may have this weight."""
-    if torch.is_autocast_enabled(x.device.type):
-        return weight.dtype in _CAST and weight.device == x.device
-    return weight.dtype == x.dtype and weight.device == x.device
-
-
-def plain(module: nn.Module, kind: type) -> bool:
-    """Whether calling the module does what its class says and nothing else."""
-    own = module.__dict__
-    return (
-        type(module) is kind
-        and "forward" not in own
-        and not own["_forward_hooks"]
-        and not own["_forward_pre_hooks"]
-    )
-
-
-def plain_norm(norm: Any, kind: type, x: Tensor) -> bool:
-    """Whether it is a norm like this with weights that the kernels take."""
-    return (
-        plain(norm, kind)
-        and norm.weight is not None
-        and norm.bias is not None
-        and takes(norm.weight, x)
-    )
-
 
 def convolve(conv: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """conv(x) without its bias, and the bias; with it, and None, where others act on `conv`."""
     if not plain(conv, nn.Conv2d):
         return conv(x), None
     return conv._conv_forward(x, conv.weight, None), conv.bias
-
-
-def pointwise(conv: Any) -> bool:
-    """Whether it is a plain 1 x 1 convolution, which is a linear map of every position."""
-    return (
-        plain(conv, nn.Conv2d)
-        and conv.kernel_size == conv.stride == (1, 1)
-        and conv.padding == (0, 0)
-        and conv.groups == 1
-        and type(conv.weight) is nn.Parameter
-    )
 
 
 class FusedResnetBlock2D(ResnetBlock2D):
@@ -130,7 +63,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
         return (
             # A hook may have kept this forward beyond the module's time in this class.
             isinstance(self, FusedResnetBlock2D)
-            and serves(self, x)
+            and serves(x, self.norm1, self.norm2, self.conv1, self.conv2, self.conv_shortcut)
             and plain_norm(self.norm1, nn.GroupNorm, x)
             and plain_norm(self.norm2, nn.GroupNorm, x)
             and plain(self.nonlinearity, nn.SiLU)
@@ -158,7 +91,8 @@ class FusedTransformer2DModel(Transformer2DModel):
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
         norm, project = self.norm, self.proj_in
-        if not (serves(self, hidden_states) and plain_norm(norm, nn.GroupNorm, hidden_states)):
+        served = serves(hidden_states, norm, project)
+        if not (served and plain_norm(norm, nn.GroupNorm, hidden_states)):
             return super()._operate_on_continuous_inputs(hidden_states)
         as_linear = self.use_linear_projection or pointwise(project)
         normed = group_norm(
@@ -186,7 +120,7 @@ class FusedTransformer2DModel(Transformer2DModel):
     ) -> Tensor:
         project = self.proj_out
         as_linear = self.use_linear_projection or pointwise(project)
-        if not (as_linear and serves(self, hidden_states) and type(residual) is Tensor):
+        if not (as_linear and serves(hidden_states, project) and type(residual) is Tensor):
             return super()._get_output_for_continuous_inputs(
                 hidden_states, residual, batch_size, height, width, inner_dim
             )
@@ -207,7 +141,8 @@ class FusedTransformer2DModel(Transformer2DModel):
 
 class FusedGEGLU(GEGLU):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not (isinstance(self, FusedGEGLU) and serves(self, hidden_states)):
+        served = isinstance(self, FusedGEGLU) and serves(hidden_states, self.proj)
+        if args or kwargs or not served:
             return GEGLU.forward(self, hidden_states, *args, **kwargs)
         return geglu(self.proj(hidden_states))
 
@@ -219,7 +154,7 @@ class FusedLayerNorm(nn.LayerNorm):
         return layer_norm(input, self.weight, self.bias, self.eps, read_by_maps(input))
 
     def _serves(self, x: Tensor) -> bool:
-        return serves(self, x) and (self.weight is None or takes(self.weight, x))
+        return serves(x, self) and (self.weight is None or takes(self.weight, x))
 
     @staticmethod
     def fits(norm: Any) -> bool:
@@ -237,7 +172,7 @@ class FusedGroupNorm(nn.GroupNorm):
         )
 
     def _serves(self, x: Tensor) -> bool:
-        return serves(self, x) and takes(self.weight, x)
+        return serves(x, self) and takes(self.weight, x)
 
     @staticmethod
     def fits(norm: Any) -> bool:

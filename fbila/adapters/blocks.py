@@ -1,4 +1,4 @@
-"""UNets whose norms, activations and sums are fewer and faster kernels, for inference.
+"""UNets whose norms, activations and sums are fewer and faster kernels.
 
     with fused_blocks(pipeline):
         image = pipeline(prompt).images[0]
@@ -78,8 +78,10 @@ def fused_blocks(model: Any) -> FusedBlocks:
     and rounded less often than before. Weights, modules and their names stay what they are, so that
     LoRAs, hooks and other plugins find them.
 
-    For inference on CUDA, under autocast too: with gradients, and in compiled or exported models,
-    where compilers do this themselves, the blocks run as they come.
+    For CUDA, under autocast too. There are gradients of what goes through the blocks, as training
+    of LoRAs and of LinFusion's layers needs them, and gradients of gradients are refused. Blocks
+    whose own weights are trained run as they come, and so do all in compiled or exported models,
+    where compilers do this themselves.
 
     Args:
         model: A pipeline with a UNet, or the UNet; with LinFusion mounted or not.

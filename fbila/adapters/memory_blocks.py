@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..layers.linfusion import attend_in_chunks
 from ..ops.group_norm_library import group_norm, group_norm_
 from ..ops.memory_format import is_channels_last
-from .block_forwards import plain, plain_norm, serves
+from .block_checks import plain, plain_norm, serves
 from .report import AdapterError
 from .unet_attention import LinFusionAttention
 
@@ -107,8 +107,10 @@ def resnet_forward(resnet: Any, holder: list[Tensor], temb: Tensor | None, *, ow
 
 def norm_and_activate(x: Tensor, norm: nn.GroupNorm, activation: nn.Module, *, own: bool) -> Tensor:
     """activation(norm(x)), in the memory of x where it is our `own`."""
-    kernel = serves(norm, x) and plain_norm(norm, nn.GroupNorm, x) and plain(activation, nn.SiLU)
-    if kernel and is_channels_last(x) is not None:
+    kernel = serves(x, norm) and plain_norm(norm, nn.GroupNorm, x) and plain(activation, nn.SiLU)
+    # In the memory of x there is no gradient.
+    graph = torch.is_grad_enabled() and x.requires_grad
+    if kernel and not graph and is_channels_last(x) is not None:
         parameters = norm.weight, norm.bias, norm.num_groups, norm.eps, True
         return group_norm_(x, *parameters) if own else group_norm(x, None, None, *parameters)
     return activate_(norm_(x, norm) if own else norm(x), activation)

@@ -1,7 +1,6 @@
 """Fused blocks give the same pictures by fewer kernels, and can be undone."""
 
 import copy
-import inspect
 import io
 import pickle
 from collections import Counter
@@ -23,15 +22,15 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from untouched import untouched
 
-from fbila.adapters import AdapterError, block_forwards, fused_blocks, low_memory
+from fbila.adapters import AdapterError, block_checks, block_forwards, fused_blocks, low_memory
 from fbila.adapters.blocks import FusedBlocks
 from fbila.ops import add_bias_library, geglu_library, group_norm_library, norm_library
 
-KERNELS = {
-    "group_norm": group_norm_library.in_kernel,
-    "add_bias": add_bias_library.in_kernel,
-    "geglu": geglu_library.in_kernel,
-    "layer_norm": norm_library.plain_in_kernel,
+LIBRARIES = {
+    "group_norm": group_norm_library,
+    "add_bias": add_bias_library,
+    "geglu": geglu_library,
+    "layer_norm": norm_library,
 }
 # Those that a small UNet has: 22 of its GroupNorms are in residual blocks.
 COUNTS = {"ResnetBlock2D": 12, "Transformer2DModel": 6, "GEGLU": 6, "LayerNorm": 18, "GroupNorm": 1}
@@ -45,19 +44,18 @@ def kernels(monkeypatch):
     called = Counter()
 
     def counted(name):
-        signature = inspect.signature(getattr(block_forwards, name))
+        function = getattr(LIBRARIES[name], name)
 
         def run(*args, **kwargs):
             called[name] += 1
-            given = signature.bind(*args, **kwargs)
-            given.apply_defaults()
-            return KERNELS[name](*given.args)
+            return function(*args, **kwargs)
 
         return run
 
-    for name in KERNELS:
+    for name, library in LIBRARIES.items():
         monkeypatch.setattr(block_forwards, name, counted(name))
-    monkeypatch.setattr(block_forwards, "has_kernels", lambda x: True)
+        monkeypatch.setattr(library, "direct", lambda *tensors: True)
+    monkeypatch.setattr(block_checks, "has_kernels", lambda x: True)
     return called
 
 
@@ -332,28 +330,143 @@ def test_saving_and_a_controlnet(kernels, tmp_path):
     assert torch.equal(predict(loaded), expected)
 
 
-def test_gradients_are_those_of_the_stock_blocks(kernels):
+def gradients_of(unet, leaves, fuse, **inputs):
+    """Of a loss by leaves of the graph, in fused blocks or as the UNet comes."""
+    with fused_blocks(unet) if fuse else ExitStack():
+        loss = unet(**inputs).sample.square().mean()
+        return torch.autograd.grad(loss, leaves)
+
+
+def assert_gradients_near(actual, expected):
+    """Within 1e-5 of the largest entry."""
+    for x, y in zip(actual, expected, strict=True):
+        assert x.dtype == y.dtype
+        assert_near(x, y, 1e-5 * float(y.abs().max()))
+
+
+def test_blocks_whose_weights_are_trained_are_as_they_come(kernels):
     unet = tiny_unet().train()
     inputs = tiny_models.unet_inputs(unet, side=8)
-    gradients = []
-    for fuse in (False, True):
-        with fused_blocks(unet) if fuse else ExitStack():
-            loss = unet(**inputs).sample.square().mean()
-            gradients.append(torch.autograd.grad(loss, list(unet.parameters())))
-    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    leaves = list(unet.parameters())
+    expected, actual = (gradients_of(unet, leaves, fuse, **inputs) for fuse in (False, True))
+    assert all(map(torch.equal, actual, expected))
     assert not kernels
+    with torch.no_grad(), fused_blocks(unet):
+        unet(**inputs)
+    assert kernels
 
 
-def test_gradients_of_the_input_alone(kernels):
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("as_linear", [False, True], ids=["conv", "linear projections"])
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_of_the_input_alone(kernels, last, as_linear, training):
+    unet = tiny_unet(use_linear_projection=as_linear).requires_grad_(False).train(training)
+    if last:
+        unet.to(memory_format=torch.channels_last)
+    inputs = tiny_models.unet_inputs(unet, side=8)
+    leaf = inputs["sample"].requires_grad_()
+    expected, actual = (gradients_of(unet, leaf, fuse, **inputs) for fuse in (False, True))
+    assert_gradients_near(actual, expected)
+    assert kernels == {"group_norm": 14, "add_bias": 7, "geglu": 1, "layer_norm": 3}
+
+
+def test_gradients_of_some_blocks(kernels):
+    """Blocks with trained weights run as they come, those around them by kernels."""
+    unet = tiny_unet().requires_grad_(False)
+    block = unet.down_blocks[1].resnets[0].requires_grad_(True)
+    leaves = list(block.parameters())
+    inputs = tiny_models.unet_inputs(unet, side=8)
+    expected, actual = (gradients_of(unet, leaves, fuse, **inputs) for fuse in (False, True))
+    assert_gradients_near(actual, expected)
+    assert kernels == {"group_norm": 12, "add_bias": 6, "geglu": 1, "layer_norm": 3}
+
+
+@pytest.mark.parametrize("trained", ["norm1", "norm2", "conv1", "conv2", "conv_shortcut"])
+def test_gradients_of_one_weight_of_a_block(kernels, trained):
+    unet = tiny_unet().requires_grad_(False)
+    weight = unet.down_blocks[1].resnets[0].get_submodule(trained).bias.requires_grad_(True)
+    inputs = tiny_models.unet_inputs(unet, side=8)
+    expected, actual = (gradients_of(unet, weight, fuse, **inputs) for fuse in (False, True))
+    assert_gradients_near(actual, expected)
+
+
+@pytest.mark.parametrize("as_linear", [False, True])
+def test_gradients_of_loras(kernels, as_linear, monkeypatch):
+    """On the time embedding too, whose gradient is one of a sum over positions."""
+    targets = ["conv1", "conv2", "conv_shortcut", "time_emb_proj", "proj_in", "proj_out", "proj"]
+    monkeypatch.setattr("test_lora.TARGETS", targets)
+    unet = add_lora(tiny_unet(use_linear_projection=as_linear).requires_grad_(False))
+    leaves = [p.requires_grad_() for name, p in unet.named_parameters() if "lora" in name]
+    inputs = tiny_models.unet_inputs(unet, side=8)
+    expected, actual = (gradients_of(unet, leaves, fuse, **inputs) for fuse in (False, True))
+    assert_gradients_near(actual, expected)
+    assert kernels["group_norm"] == 14 and kernels["geglu"] == 1
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_step_of_distillation(kernels, checkpointing, autocast):
+    unet = tiny_unet().requires_grad_(False).train()
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    linfusion = mount(unet).requires_grad_(True)
+    leaves = list(linfusion.parameters())
+    inputs = tiny_models.unet_inputs(unet, side=8)
+
+    def step(fuse, autocast):
+        with (
+            fused_blocks(unet) if fuse else ExitStack(),
+            torch.autocast("cpu", torch.float16, enabled=autocast),
+        ):
+            with torch.no_grad(), linfusion.disabled():
+                teacher = unet(**inputs).sample
+            student = unet(**inputs).sample
+            loss = nn.functional.mse_loss(student.float(), teacher.float())
+            gradients = torch.autograd.grad(loss * 2**10, leaves)
+            return torch.cat([x.flatten() for x in gradients])
+
+    exact, actual = step(False, False), step(True, autocast)
+    assert kernels["group_norm"] > 2 * 14 if checkpointing else kernels["group_norm"] == 2 * 14
+    # The loss is of the difference of two like predictions, of which both are rounded.
+    allowed = 1.1 * (step(False, True) - exact).norm() if autocast else 2e-5 * exact.norm()
+    assert 0 < (actual - exact).norm() <= allowed
+
+
+def test_gradients_of_gradients_are_refused(kernels):
     unet = tiny_unet().requires_grad_(False)
     inputs = tiny_models.unet_inputs(unet, side=8)
-    inputs["sample"].requires_grad_()
-    gradients = []
-    for fuse in (False, True):
-        with fused_blocks(unet) if fuse else ExitStack():
-            loss = unet(**inputs).sample.square().mean()
-            gradients += torch.autograd.grad(loss, inputs["sample"])
-    assert torch.equal(*gradients)
+    leaf = inputs["sample"].requires_grad_()
+    with fused_blocks(unet):
+        loss = unet(**inputs).sample.square().mean()
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
+            gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "forward_ad"])
+def test_transforms_take_the_stock_blocks(kernels, transform):
+    unet = tiny_unet().requires_grad_(False)
+    block = unet.down_blocks[1].resnets[0]
+    x, temb = torch.randn(2, 16, 6, 6), torch.randn(2, 64)
+
+    def run():
+        def apply(x):
+            return block(x, temb)
+
+        if transform == "vmap":
+            return torch.func.vmap(lambda x: block(x, temb))(x.expand(3, *x.shape))
+        if transform == "grad":
+            return torch.func.grad(lambda x: apply(x).square().sum())(x)
+        if transform == "jvp":
+            return torch.func.jvp(apply, (x,), (x,))[1]
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, x)
+            return torch.autograd.forward_ad.unpack_dual(apply(dual)).tangent
+
+    expected = run()
+    with fused_blocks(unet):
+        assert torch.equal(run(), expected)
+    assert not kernels
 
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.float16], ids=str)
@@ -512,3 +625,24 @@ def test_on_a_gpu(dtype, last):
         fused = tiny_models.predict(unet, **inputs)
         assert torch.equal(fused, tiny_models.predict(unet, **inputs))
     assert 0 < (fused - exact).norm() <= 1.2 * plain
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("last", [False, True])
+def test_gradients_under_autocast_on_a_gpu(kept, last):
+    unet = tiny_models.sd15_unet().cuda().requires_grad_(False).to(kept)
+    inputs = {k: v.cuda() for k, v in tiny_models.unet_inputs(unet, side=32).items()}
+    leaf = inputs["sample"].requires_grad_()
+    double = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    (exact,) = gradients_of(copy.deepcopy(unet).double(), leaf, False, **double)
+    if last:
+        unet.to(memory_format=torch.channels_last)
+    dtypes = []
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D | Transformer2DModel):
+            module.register_forward_hook(lambda _, args, out: dtypes.append(out[0].dtype))
+    with torch.autocast("cuda", torch.bfloat16):
+        plain, fused = (gradients_of(unet, leaf, fuse, **inputs)[0] for fuse in (False, True))
+    assert dtypes[: len(dtypes) // 2] == dtypes[len(dtypes) // 2 :]
+    assert 0 < (fused - exact).norm() <= 1.2 * (plain - exact).norm()

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from untouched import untouched
 
 from fbila import LinFusion
-from fbila.adapters import AdapterError, block_forwards, low_memory, memory_blocks
+from fbila.adapters import AdapterError, block_checks, low_memory, memory_blocks
 from fbila.ops import group_norm_library
 
 
@@ -54,7 +54,7 @@ def test_norms_by_the_kernel(monkeypatch):
         assert y is x
         return y
 
-    monkeypatch.setattr(block_forwards, "has_kernels", lambda x: True)
+    monkeypatch.setattr(block_checks, "has_kernels", lambda x: True)
     monkeypatch.setattr(
         memory_blocks, "group_norm", lambda *x: group_norm_library.in_kernel(*x, False)
     )
