@@ -4,7 +4,8 @@
     official            LinFusion's layer in eager PyTorch (official.py)
     fbila               LinFusion mounted
     fbila fused         after `linfusion.fuse()`
-    fbila fused blocks  that, in `fbila.adapters.fused_blocks`
+    fbila fused blocks  that, in `fbila.adapters.fused_blocks`; in training, where `fuse()` has no
+                        gradients, LinFusion mounted in it
     fbila low memory    LinFusion mounted, in `fbila.adapters.low_memory`
 
 All but sdpa compute the same function of the same weights.
@@ -51,8 +52,10 @@ class Attentions:
             )
         }
 
-    def put_in(self, name: str) -> AbstractContextManager[None]:
+    def put_in(self, name: str, *, training: bool = False) -> AbstractContextManager[None]:
         """The UNet computes attention this way inside the block; Absent where it cannot."""
+        if training and name == "fbila fused blocks":
+            return self.mounted_in_fused_blocks()
         return WAYS[name](self)
 
     def layers(self, name: str) -> nn.Module:
@@ -91,6 +94,11 @@ class Attentions:
     @contextmanager
     def with_fused_blocks(self) -> Iterator[None]:
         with self.fused(), fused_blocks(self.unet):
+            yield
+
+    @contextmanager
+    def mounted_in_fused_blocks(self) -> Iterator[None]:
+        with self.mounted(), fused_blocks(self.unet):
             yield
 
     @contextmanager

@@ -50,7 +50,7 @@ class Training:
     @contextmanager
     def _training(self, name: str) -> Iterator[None]:
         layers = self.attentions.layers(name)
-        with self.attentions.put_in(name):
+        with self.attentions.put_in(name, training=True):
             layers.float().requires_grad_(True)
             try:
                 yield
