@@ -52,10 +52,14 @@ class Training:
         layers = self.attentions.layers(name)
         with self.attentions.put_in(name, training=True):
             layers.float().requires_grad_(True)
+            before = [p.detach().to("cpu", copy=True) for p in layers.parameters()]
             try:
                 yield
             finally:
                 layers.requires_grad_(False).zero_grad()
+                # Ways share layers, and each is to start from the same weights.
+                for parameter, weight in zip(layers.parameters(), before, strict=True):
+                    parameter.copy_(weight)
 
     def _step(self, name: str) -> Call:
         parameters = list(self.attentions.layers(name).parameters())
