@@ -6,16 +6,9 @@
 benchmarks/README.md says what is measured and how to read it.
 """
 
-import argparse
-from importlib.metadata import version
-from pathlib import Path
-
-import torch
 from diffusers.utils import logging
-from tqdm import tqdm
 
-from ..machine import describe
-from ..results import Results
+from .. import command
 from .gate import Gate
 from .measure import measure
 from .report import lines, summary
@@ -24,41 +17,14 @@ from .timer import StepTimer
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parse(argv)
+    args = command.parse("benchmarks.unet", __doc__.splitlines()[0], argv)
     rows = select(TINY_ROWS if args.device == "cpu" else ROWS, args.only)
-    if not rows:
-        raise SystemExit(f"No row's name begins with {' or '.join(args.only)}; see --list.")
-    if args.list:
-        print("\n".join(row.name for row in rows))
-        return 0
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("benchmarks.unet needs a CUDA device.")
-
     # diffusers warns that a UNet in float16 has no layers to be kept in float32.
     logging.set_verbosity_error()
-    machine = {**describe(), "diffusers": version("diffusers"), "device": args.device}
-    results = Results(machine, args.output, resume=args.resume)
     timer, gate = StepTimer(args.device, args.seconds * 1e3), Gate()
-    # tqdm's own line stays below what is written.
-    for row in tqdm([row for row in rows if row.name not in results.cases]):
-        record = measure(row, timer, gate)
-        results.add(row.name, record)
-        tqdm.write("\n".join(lines(row.name, record)))
-    print(summary(results.cases))
-    return 1 if results.bad() else 0
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    description = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.unet", description=description)
-    add = parser.add_argument
-    add("--only", nargs="+", default=[], metavar="PREFIX", help="of the names of rows")
-    add("--list", action="store_true", help="print the names of the rows only")
-    add("--output", type=Path, metavar="JSON", help="written after each row")
-    add("--resume", action="store_true", help="keep what --output has already")
-    add("--seconds", type=float, default=2.0, help="of repeats for each turn (%(default)s)")
-    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a tiny UNet, to try it out")
-    return parser.parse_args(argv)
+    return command.run(
+        args, rows, "diffusers", lambda row: measure(row, timer, gate), lines, summary
+    )
 
 
 if __name__ == "__main__":

@@ -19,9 +19,8 @@ import torch
 from torch import nn
 
 from fbila import LinFusion
-from fbila.adapters import fused_blocks
+from fbila.adapters import fused_blocks, low_memory
 
-from ..peers import Absent
 from .official import OfficialAttention
 
 # See `draw_weights`.
@@ -103,8 +102,7 @@ class Attentions:
 
     @contextmanager
     def with_low_memory(self) -> Iterator[None]:
-        mode = find_low_memory()
-        with self.mounted(), mode(self.unet):
+        with self.mounted(), low_memory(self.unet):
             yield
 
 
@@ -116,16 +114,6 @@ WAYS: dict[str, Callable[[Attentions], AbstractContextManager[None]]] = {
     "fbila fused blocks": Attentions.with_fused_blocks,
     "fbila low memory": Attentions.with_low_memory,
 }
-
-
-def find_low_memory() -> Callable[[nn.Module], AbstractContextManager]:
-    """`fbila.adapters.low_memory`, which not every revision has."""
-    try:
-        from fbila.adapters import low_memory
-    except ImportError as error:
-        raise Absent("not available: this fbila has no low_memory") from error
-    # The name may stand for the module or for the function in it.
-    return getattr(low_memory, "low_memory", low_memory)
 
 
 @torch.no_grad()

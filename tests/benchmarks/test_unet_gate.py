@@ -1,8 +1,6 @@
 """The transcribed layer is LinFusion's, and what computes something else has no time."""
 
 import copy
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -209,10 +207,10 @@ def test_wrong_gradients_are_refused(training, monkeypatch):
 
 
 def test_without_low_memory(inference, monkeypatch):
-    def missing():
+    def missing(unet):
         raise Absent("not available")
 
-    monkeypatch.setattr(attentions_module, "find_low_memory", missing)
+    monkeypatch.setattr(attentions_module, "low_memory", missing)
     with pytest.raises(Absent), inference.ready("fbila low memory"):
         pass
 
@@ -231,17 +229,7 @@ def test_low_memory_is_on_in_its_row(inference, monkeypatch):
             seen.append("undone")
 
     name = next(iter(inference.attentions.official))
-    monkeypatch.setattr(attentions_module, "find_low_memory", lambda: Mode)
+    monkeypatch.setattr(attentions_module, "low_memory", Mode)
     with inference.attentions.put_in("fbila low memory"):
         assert seen == ["LinFusionAttention"]
     assert seen == ["LinFusionAttention", "undone"]
-
-
-@pytest.mark.parametrize("form", ["function", "module"])
-def test_low_memory_is_found(form, monkeypatch):
-    def mode(unet):
-        return nullcontext()
-
-    found = mode if form == "function" else SimpleNamespace(low_memory=mode)
-    monkeypatch.setattr("fbila.adapters.low_memory", found, raising=False)
-    assert attentions_module.find_low_memory() is mode

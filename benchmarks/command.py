@@ -1,0 +1,58 @@
+"""The command line of benchmarks of whole models: rows chosen by name, measured one by one."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .machine import describe
+from .results import Results
+
+
+def parse(name: str, description: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of `python -m name`."""
+    parser = argparse.ArgumentParser(prog=f"python -m {name}", description=description)
+    add = parser.add_argument
+    add("--only", nargs="+", default=[], metavar="PREFIX", help="of the names of rows")
+    add("--list", action="store_true", help="print the names of the rows only")
+    add("--output", type=Path, metavar="JSON", help="written after each row")
+    add("--resume", action="store_true", help="keep what --output has already")
+    add("--seconds", type=float, default=2.0, help="of repeats for each turn (%(default)s)")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny models, to try it out")
+    args = parser.parse_args(argv)
+    args.name = name
+    return args
+
+
+def run(
+    args: argparse.Namespace,
+    rows: Sequence[Any],
+    library: str,
+    measure: Callable[[Any], dict],
+    lines: Callable[[str, dict], list[str]],
+    summary: Callable[[Mapping[str, dict]], str],
+) -> int:
+    """Lists or measures the rows; the exit status: 1 where one is wrong or failed.
+
+    library: Whose models they are; its version goes into the result.
+    """
+    if not rows:
+        raise SystemExit(f"No row's name begins with {' or '.join(args.only)}; see --list.")
+    if args.list:
+        print("\n".join(row.name for row in rows))
+        return 0
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(f"{args.name} needs a CUDA device.")
+    machine = {**describe(), library: version(library), "device": args.device}
+    results = Results(machine, args.output, resume=args.resume)
+    # tqdm's own line stays below what is written.
+    for row in tqdm([row for row in rows if row.name not in results.cases]):
+        record = measure(row)
+        results.add(row.name, record)
+        tqdm.write("\n".join(lines(row.name, record)))
+    print(summary(results.cases))
+    return 1 if results.bad() else 0
