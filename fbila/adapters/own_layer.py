@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..layers.grid import as_grid, as_tokens, grid_of
 from .report import AdapterError
 
 
@@ -19,7 +20,8 @@ class AttentionSpec:
         dim, out_dim: Channels of input and output.
         heads, kv_heads, head_dim: Heads of queries, of keys and values, and their channels.
         qkv_bias, qk_norm, scale_norm, gated, rope: What it has beside the projections.
-        num_prefix_tokens: Class and register tokens in front, where its class says so; else 0.
+        num_prefix_tokens: Class and register tokens in front, if it or the model says so.
+        grid_size: Rows and columns of the model's patches, where it says so; else None.
         module: The module itself, to take weights from.
     """
 
@@ -35,6 +37,7 @@ class AttentionSpec:
     gated: bool
     rope: bool
     num_prefix_tokens: int
+    grid_size: tuple[int, int] | None
     module: nn.Module
 
     def why_not_plain(self) -> str:
@@ -56,16 +59,22 @@ class OwnLayer(nn.Module):
     """A layer, called as timm's blocks call their attention.
 
     Attributes:
-        layer: `(B, N, C)` to `(B, N, C)`; it is given `rope`, `attn_mask` and `is_causal` where its
-            forward takes arguments of these names.
+        layer: `(B, N, C)` to `(B, N, C)`; or pictures `(B, C, H, W)` to pictures, if it has a true
+            attribute `takes_pictures`. It is given `rope`, `attn_mask`, `is_causal`, `H` and `W`
+            where its forward takes arguments of these names.
         name: Path in the model, for error messages.
+        grid_size: H and W, for as many tokens; other numbers of tokens are a square.
     """
 
-    def __init__(self, layer: nn.Module, name: str) -> None:
+    def __init__(
+        self, layer: nn.Module, name: str, grid_size: tuple[int, int] | None = None
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.name = name
+        self.grid_size = grid_size
         self._takes = frozenset(inspect.signature(layer.forward).parameters)
+        self._takes_pictures = bool(getattr(layer, "takes_pictures", False))
 
     def forward(
         self,
@@ -78,6 +87,7 @@ class OwnLayer(nn.Module):
 
         Raises:
             AdapterError: If the call asks for what the layer would have to ignore.
+            ValueError: If the layer needs a grid, and the tokens make none.
         """
         given = {"rope": rope, "attn_mask": attn_mask, "is_causal": is_causal or None}
         passed: dict[str, Any] = {}
@@ -90,7 +100,18 @@ class OwnLayer(nn.Module):
                     f"{type(self.layer).__name__}.forward does not take and would ignore."
                 )
             passed[argument] = value
+        if self._takes_pictures:
+            return as_tokens(self.layer(as_grid(x, *self._grid(x)), **passed))
+        if {"H", "W"} <= self._takes:
+            H, W = self._grid(x)
+            passed.update(H=H, W=W)
         return self.layer(x, **passed)
+
+    def _grid(self, x: Tensor) -> tuple[int, int]:
+        patches = x.shape[1] - getattr(self.layer, "num_prefix_tokens", 0)
+        if self.grid_size is not None and patches == self.grid_size[0] * self.grid_size[1]:
+            return self.grid_size
+        return grid_of(patches, None, None)
 
 
 def make_layer(
@@ -101,12 +122,12 @@ def make_layer(
     It starts from the weights that are there where their names and shapes are the same.
 
     Args:
-        make: A class, called with the channels, `num_heads` and, if it takes it, `qkv_bias`; or a
-            factory.
+        make: A class, called with the channels, `num_heads` and, if it takes them, `qkv_bias`,
+            `grid_size` and `num_prefix_tokens`; or a factory.
 
     Raises:
         AdapterError: If no module comes out, or one without parameters, or one that cannot take
-            the rotary embedding.
+            the rotary embedding; or a class needs a grid where there is none.
     """
     layer = _construct(spec, make) if isinstance(make, type) else make(spec)
     if not isinstance(layer, nn.Module):
@@ -118,7 +139,7 @@ def make_layer(
             f"attention made a {type(layer).__name__} without parameters for {spec.name}, which "
             "could not be told where the model is moved to."
         )
-    own = OwnLayer(layer, spec.name)
+    own = OwnLayer(layer, spec.name, spec.grid_size)
     if spec.rope and "rope" not in own._takes:
         raise AdapterError(
             f"{spec.name} is given a rotary position embedding, which {type(layer).__name__}."
@@ -136,5 +157,23 @@ def make_layer(
 
 def _construct(spec: AttentionSpec, kind: type[nn.Module]) -> nn.Module:
     takes = inspect.signature(kind).parameters
-    bias = {"qkv_bias": spec.qkv_bias} if "qkv_bias" in takes else {}
-    return kind(spec.dim, num_heads=spec.heads, **bias)
+    told = {
+        name: getattr(spec, name) for name in ("qkv_bias", "num_prefix_tokens") if name in takes
+    }
+    if "grid_size" in takes:
+        if spec.grid_size is None:
+            raise AdapterError(
+                f"{kind.__name__} needs the grid of tokens, which the model does not tell "
+                f"({spec.name}): give a factory that does, as attention=."
+            )
+        told["grid_size"] = spec.grid_size
+    on_grid = (
+        getattr(kind, "takes_pictures", False) or "H" in inspect.signature(kind.forward).parameters
+    )
+    if on_grid and spec.num_prefix_tokens and "num_prefix_tokens" not in takes:
+        raise AdapterError(
+            f"{kind.__name__} takes tokens as a grid, which {spec.num_prefix_tokens} class or "
+            f"register tokens in front are no part of ({spec.name}). timm.create_model(..., "
+            'class_token=False, global_pool="avg") makes a model without them.'
+        )
+    return kind(spec.dim, num_heads=spec.heads, **told)

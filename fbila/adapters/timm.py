@@ -42,8 +42,10 @@ def swap(
         attention: What takes its place. The name of a feature map (as in `fbila.linear_attn`):
             linear attention by the module's own projections, norms, gate and rotary embedding,
             without parameters of its own. A layer class, `fbila.layers.LinearAttention` for one:
-            called with the channels, `num_heads` and, if it takes it, `qkv_bias`. A factory: given
-            an `AttentionSpec`, it returns a layer `(B, N, C)` to `(B, N, C)`.
+            called with the channels, `num_heads` and, if it takes them, `qkv_bias`, `grid_size`
+            and `num_prefix_tokens`. A factory: given an `AttentionSpec`, it returns a layer
+            `(B, N, C)` to `(B, N, C)`. Layers over grids and pictures fit in either way, where the
+            model's patches, or else all its tokens as a square, are the grid.
         include, exclude: Which modules by name: a regular expression for the whole name, a list of
             names or their last parts, or a function of name and module.
         layers: Numbers of modules among those that are left then, negative ones from the end.

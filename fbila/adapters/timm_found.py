@@ -53,7 +53,10 @@ def spec_of(model: nn.Module, name: str) -> AttentionSpec:
         scale_norm=not isinstance(module.norm, nn.Identity),
         gated=module.gate is not None,
         rope=rope and issubclass(LINEAR[type(module)], TakesRope),
-        num_prefix_tokens=getattr(module, "num_prefix_tokens", 0),
+        num_prefix_tokens=getattr(
+            module, "num_prefix_tokens", getattr(model, "num_prefix_tokens", 0)
+        ),
+        grid_size=_pair(getattr(getattr(model, "patch_embed", None), "grid_size", None)),
         module=module,
     )
 
@@ -69,6 +72,10 @@ def settings_of(model: nn.Module) -> dict[str, bool]:
         for name, module in model.named_modules()
         if getattr(module, wanted, True) is False
     }
+
+
+def _pair(size: Any) -> tuple[int, int] | None:
+    return None if size is None else (int(size[0]), int(size[1]))
 
 
 def _entries(model: nn.Module, attention: Choice, selection: Selection) -> Iterator[Entry]:

@@ -26,6 +26,8 @@ class GatedPictureAttention(nn.Module):
         ValueError: If it does not.
     """
 
+    takes_pictures = True
+
     def __init__(self, dim: int, num_heads: int, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         check_heads(dim, num_heads)

@@ -50,6 +50,8 @@ class LiteMLA(nn.Module):
         torch.Size([2, 64, 7, 5])
     """
 
+    takes_pictures = True
+
     def __init__(
         self,
         in_channels: int,

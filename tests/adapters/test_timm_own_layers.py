@@ -8,7 +8,17 @@ from untouched import modules
 
 from fbila.adapters import AdapterError
 from fbila.adapters.timm import AttentionSpec, plan, swap
-from fbila.layers import GeneralizedLinearAttention, LinearAttention
+from fbila.layers import (
+    MALA,
+    RALA,
+    FocusedLinearAttention,
+    GeneralizedLinearAttention,
+    InLineAttention,
+    LinearAttention,
+    LiteMLA,
+    MLLALinearAttention,
+    PolaLinearAttention,
+)
 
 
 @pytest.fixture
@@ -107,6 +117,7 @@ def test_a_factory_is_told_what_there_is():
         "gated": False,
         "rope": True,
         "num_prefix_tokens": 4,
+        "grid_size": (4, 4),
     }
     predict(model)
 
@@ -199,3 +210,76 @@ def test_a_mask_that_the_layer_does_not_take():
     )
     with pytest.raises(AdapterError, match="was called with is_causal, which"):
         model.blocks[0].attn(torch.randn(1, 5, 32), is_causal=True)
+
+
+def grid_vit(**changes):
+    """4 rows and 6 columns of patches."""
+    settings = {"img_size": (32, 48), "class_token": False, "global_pool": "avg"}
+    return backbones.vit(**{**settings, **changes})
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        (FocusedLinearAttention, "tokens"),
+        (PolaLinearAttention, "tokens"),
+        (MLLALinearAttention, "tokens"),
+        (InLineAttention, "tokens"),
+        (RALA, "picture"),
+        (MALA, "picture"),
+        (lambda spec: LiteMLA(spec.dim, dim=spec.head_dim).eval(), "picture"),
+    ],
+)
+@torch.no_grad()
+def test_layers_over_a_grid(kind, layout):
+    model = grid_vit()
+    own = {}
+    with swap(model, kind):
+        module = model.blocks[1].attn
+        module.register_forward_hook(lambda _, args, out: own.update(x=args[0], y=out))
+        assert model(torch.randn(2, 3, 32, 48)).isfinite().all()
+        x = own["x"]
+        if layout == "tokens":
+            expected = module.layer(x, 4, 6)
+        else:
+            expected = module.layer(x.transpose(1, 2).reshape(2, 32, 4, 6)).flatten(2).mT
+    assert torch.equal(own["y"], expected)
+
+
+@torch.no_grad()
+def test_another_number_of_tokens_is_a_square():
+    model = grid_vit(dynamic_img_size=True)
+    swap(model, FocusedLinearAttention)
+    assert model(torch.randn(1, 3, 40, 40)).isfinite().all()
+    with pytest.raises(ValueError, match="for 10 tokens"):
+        model(torch.randn(1, 3, 16, 40))
+
+
+@pytest.mark.parametrize("kind", [FocusedLinearAttention, RALA])
+def test_a_grid_has_no_class_token(model, kind):
+    there = modules(model)
+    with pytest.raises(AdapterError) as refusal:
+        swap(model, kind)
+    assert str(refusal.value) == (
+        f"{kind.__name__} takes tokens as a grid, which 1 class or register tokens in front are no "
+        'part of (blocks.0.attn). timm.create_model(..., class_token=False, global_pool="avg") '
+        "makes a model without them."
+    )
+    assert modules(model) == there
+
+
+@torch.no_grad()
+def test_inline_attention_takes_class_tokens(model):
+    swap(model, InLineAttention)
+    assert model.blocks[0].attn.layer.num_prefix_tokens == 1
+    assert predict(model).isfinite().all()
+
+
+def test_a_model_that_does_not_tell_its_grid():
+    model = backbones.naflex(reg_tokens=0)
+    there = modules(model)
+    with pytest.raises(AdapterError) as refusal:
+        swap(model, FocusedLinearAttention)
+    assert "needs the grid of tokens, which the model does not tell" in str(refusal.value)
+    assert modules(model) == there
+    swap(model, lambda spec: FocusedLinearAttention(spec.dim, spec.heads, grid_size=4))
