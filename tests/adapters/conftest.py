@@ -20,6 +20,12 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch):
+    """On a GPU convolutions of float32 round like those of float16, unless told otherwise."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture
 def unet():
     """A small UNet with 6 spatial attn1, in evaluation mode."""

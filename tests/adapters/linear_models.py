@@ -10,6 +10,7 @@ from diffusers import (
     SanaTransformer2DModel,
     SanaVideoTransformer3DModel,
 )
+from helpers import DEVICE
 from timm.models.coat import CoaT
 from timm.models.efficientvit_mit import EfficientVit
 from torch import Tensor, nn
@@ -87,13 +88,13 @@ class Case(NamedTuple):
 
 
 def _normal(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).to(DEVICE)
 
 
 def _sana_inputs() -> dict:
     return {
         "hidden_states": _normal(2, 4, 8, 10), "encoder_hidden_states": _normal(2, 5, 16),
-        "timestep": torch.tensor([3, 7]), "return_dict": False,
+        "timestep": torch.tensor([3, 7], device=DEVICE), "return_dict": False,
     }  # fmt: skip
 
 
@@ -127,4 +128,4 @@ def _made(kind: type[nn.Module], settings: dict) -> nn.Module:
                 parameter.add_(0.1 * torch.randn(parameter.shape))
             elif kind is CoaT or name.startswith(("head.", "controlnet_blocks")):
                 parameter.normal_(std=0.3)
-    return model
+    return model.to(DEVICE)

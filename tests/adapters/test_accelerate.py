@@ -84,7 +84,7 @@ def assert_gradients_of_stock(case: Case) -> None:
             fbila.accelerate(model)
         model.zero_grad()
         y = case.run(model)
-        (y * torch.arange(y.numel()).view_as(y).cos()).sum().backward()
+        (y * torch.arange(y.numel(), device=y.device).view_as(y).cos()).sum().backward()
         gradients.append({
             name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
         })  # fmt: skip

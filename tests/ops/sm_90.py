@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,11 @@ def layouts(D: int) -> list[str]:
     return [name for name in LAYOUTS if D <= 32 or name != "channels_first"]
 
 
+def feature_maps(D: int) -> list[str]:
+    """Those with which they are: of narrow heads relu's product is another one than elu1's."""
+    return ["elu1", "relu"] if D <= 32 else ["elu1"]
+
+
 class Arguments(NamedTuple):
     """What `ASTSource` takes beside the kernel."""
 
@@ -84,7 +90,7 @@ class Arguments(NamedTuple):
 
 
 def launches(
-    D: int, layout: str, tokens: int, **options: Any
+    D: int, layout: str, tokens: int, feature_map: str = "elu1", **options: Any
 ) -> dict[str, tuple[Any, tuple[torch.Tensor | None, ...]]]:
     """The launches of both passes with their tensors, by their kernel and first tensor.
 
@@ -110,7 +116,7 @@ def launches(
     Launch.__call__ = record
     functional.choose_implementation = lambda *_: "triton"
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    o = fbila.linear_attn(*leaves, feature_map="elu1", **options)
+    o = fbila.linear_attn(*leaves, feature_map=feature_map, **options)
     torch.autograd.grad(o, leaves, do)
     return made
 
@@ -201,10 +207,10 @@ def main(head_dims: list[int]) -> None:
     compiled: dict[str, dict[str, Any]] = {}
     result: dict[str, dict[str, Any]] = {}
     for D in head_dims:
-        for layout in layouts(D):
-            kernels = result[f"{layout} {D}"] = {}
+        for layout, feature_map in product(layouts(D), feature_maps(D)):
+            kernels = result[f"{layout} {D} {feature_map}"] = {}
             # Short sequences have a kernel of their own.
-            found = launches(D, layout, 64) | launches(D, layout, 320)
+            found = launches(D, layout, 64, feature_map) | launches(D, layout, 320, feature_map)
             for name, (launch, tensors) in found.items():
                 arguments = Arguments.of(launch, tensors)
                 key = repr((launch.kernel.__name__, arguments, launch.options))

@@ -33,7 +33,13 @@ SPILLS = {
 }
 
 each_kernel = pytest.mark.parametrize(
-    ("layout", "D"), [(name, D) for D in sorted(sum(HALVES, ())) for name in sm_90.layouts(D)]
+    ("layout", "D", "feature_map"),
+    [
+        (layout, D, feature_map)
+        for D in sorted(sum(HALVES, ()))
+        for layout in sm_90.layouts(D)
+        for feature_map in sm_90.feature_maps(D)
+    ],
 )
 
 
@@ -58,7 +64,7 @@ def finish(process: subprocess.Popen) -> dict:
 
 @pytest.fixture(scope="module")
 def kernels():
-    """What `sm_90.examine` says of each kernel, by its name, by layout and head dim."""
+    """What `sm_90.examine` says of each kernel, by its name, for each of `each_kernel`."""
     examined = {}
     for half in [start(*half) for half in HALVES]:
         examined |= finish(half)
@@ -66,8 +72,8 @@ def kernels():
 
 
 @each_kernel
-def test_all_passes_are_seen(layout, D, kernels):
-    names = kernels[f"{layout} {D}"].keys()
+def test_all_passes_are_seen(layout, D, feature_map, kernels):
+    names = kernels[f"{layout} {D} {feature_map}"].keys()
     assert names >= {"state_kernel of k", "output_kernel of q"}
     # Wide heads take two kernels for each half of the backward pass.
     q = names >= {"state_kernel of q", "grad_feature_kernel of q"}
@@ -78,8 +84,8 @@ def test_all_passes_are_seen(layout, D, kernels):
 
 
 @each_kernel
-def test_tiles_are_moved_16_bytes_at_a_time(layout, D, kernels):
-    for name, kernel in kernels[f"{layout} {D}"].items():
+def test_tiles_are_moved_16_bytes_at_a_time(layout, D, feature_map, kernels):
+    for name, kernel in kernels[f"{layout} {D} {feature_map}"].items():
         assert len(kernel["tiles"]) >= 2
         for tensor, sizes in kernel["tiles"].items():
             assert set(sizes) == {16}, f"{name}: {tensor} by {sorted(set(sizes))} bytes"
@@ -87,14 +93,14 @@ def test_tiles_are_moved_16_bytes_at_a_time(layout, D, kernels):
 
 
 @each_kernel
-def test_products_are_on_the_tensor_cores(layout, D, kernels):
-    for name, kernel in kernels[f"{layout} {D}"].items():
+def test_products_are_on_the_tensor_cores(layout, D, feature_map, kernels):
+    for name, kernel in kernels[f"{layout} {D} {feature_map}"].items():
         assert kernel["products"] > 0, name
 
 
 @each_kernel
-def test_shared_memory_suffices(layout, D, kernels):
-    for name, kernel in kernels[f"{layout} {D}"].items():
+def test_shared_memory_suffices(layout, D, feature_map, kernels):
+    for name, kernel in kernels[f"{layout} {D} {feature_map}"].items():
         assert kernel["shared"] <= SHARED_MEMORY, name
 
 
@@ -108,8 +114,10 @@ def test_shared_memory_suffices_for_the_widest_heads_with_rotary():
     reason=f"spills were measured with Triton {SPILLS_TRITON}x and its own cuobjdump",
 )
 @each_kernel
-def test_nothing_is_spilled_but_what_is_known(layout, D, kernels):
-    stacks = {name: kernel["stack"] for name, kernel in kernels[f"{layout} {D}"].items()}
+def test_nothing_is_spilled_but_what_is_known(layout, D, feature_map, kernels):
+    stacks = {
+        name: kernel["stack"] for name, kernel in kernels[f"{layout} {D} {feature_map}"].items()
+    }
     for name, stack in stacks.items():
         assert stack <= SPILLS.get((name, D), 0), f"{name}: {stack} bytes"
     # What spills no more is to be taken off the list.

@@ -24,11 +24,13 @@ from .tiles import (
     head_offset,
     load_key_sum,
     load_state,
+    load_state_tile,
     mean_factor,
     operand_scale,
     pair_offset,
     product,
     row_peak,
+    state_halves,
     store_pair,
     token_offset,
 )
@@ -50,7 +52,7 @@ def output_kernel(
     ORDER_Q: tl.constexpr, ORDER_O: tl.constexpr, UNIT: tl.constexpr, SAME: tl.constexpr,
     GRAIN: tl.constexpr,
     FEATURE_MAP: tl.constexpr, POWER: tl.constexpr, ROTARY: tl.constexpr,
-    NORMALIZE: tl.constexpr, MEAN: tl.constexpr,
+    NORMALIZE: tl.constexpr, MEAN: tl.constexpr, HALVES: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_b, i_h, i_x, start, end, _ = locate(cu, H, N, run, runs, GRAIN)
@@ -83,9 +85,13 @@ def output_kernel(
     BY_ROW: tl.constexpr = rows is not None and dtype == tl.float16
 
     state += (i_x * (H // group) + i_h // group) * (K * V + K)
-    b_s00, b_s01, b_s10, b_s11, s_scale = load_state(
-        state, factor, first_v, K, V, K0, K1, KB, V0, V1, dtype
-    )
+    if HALVES:
+        b_s = load_state_tile(state, factor, 0, first_v, K, V, K0, V0, KB)
+        b_s00, b_rest, s_scale = state_halves(b_s, dtype)
+    else:
+        b_s00, b_s01, b_s10, b_s11, s_scale = load_state(
+            state, factor, first_v, K, V, K0, K1, KB, V0, V1, dtype
+        )
     if NORMALIZE:
         b_z0, b_z1 = load_key_sum(state, factor, K, V, K0, K1, KB)
         if HALF:
@@ -115,7 +121,10 @@ def output_kernel(
                 b_f0, b_f1 = b_f0 * (1.0 / b_row)[:, None], b_f1 * (1.0 / b_row)[:, None]
                 b_r0, b_r1 = b_f0, b_f1
             b_a0 = b_r0.to(dtype)
-            b_o0 = product(b_a0, b_s00, tl.zeros((BLOCK_N, V0), dtype=ACC), PRECISION)
+            b_o0 = tl.zeros((BLOCK_N, V0), dtype=ACC)
+            if HALVES:
+                b_o0 = product(b_a0, b_rest, b_o0, PRECISION)
+            b_o0 = product(b_a0, b_s00, b_o0, PRECISION)
             b_o1 = b_o0
             if V1 > 0:
                 b_o1 = product(b_a0, b_s01, tl.zeros((BLOCK_N, V1), dtype=ACC), PRECISION)
@@ -195,6 +204,7 @@ def plan_output(
             "ROTARY": side.rotary,
             "NORMALIZE": normalize,
             "MEAN": mean,
+            "HALVES": tiling.halves and normalize,
             "ACC": Tiling.acc(dtype),
             "PRECISION": tiling.precision,
         },

@@ -17,6 +17,7 @@ from .tiles import (
     column_operand,
     head_offset,
     product,
+    state_halves,
     state_operands,
     store_key_sum,
     store_state_tile,
@@ -45,7 +46,7 @@ def short_kernel(
     K0: tl.constexpr, V0: tl.constexpr,
     ORDER_Q: tl.constexpr, ORDER_K: tl.constexpr, ORDER_V: tl.constexpr, ORDER_O: tl.constexpr,
     UNIT: tl.constexpr, SAME: tl.constexpr, GRAIN: tl.constexpr,
-    FEATURE_MAP: tl.constexpr, NORMALIZE: tl.constexpr,
+    FEATURE_MAP: tl.constexpr, NORMALIZE: tl.constexpr, HALVES: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_bh = tl.program_id(0).to(tl.int64)
@@ -90,7 +91,11 @@ def short_kernel(
         store_key_sum(state, c_z, c_z, K, V, K0, 0, K0)
     factor = tl.full((), factor, ACC)
     b_s *= factor
-    b_s, _, _, _, s_scale = state_operands(b_s, b_s, b_s, b_s, 0, 0, dtype)
+    b_rest = b_s
+    if HALVES:
+        b_s, b_rest, s_scale = state_halves(b_s, dtype)
+    else:
+        b_s, _, _, _, s_scale = state_operands(b_s, b_s, b_s, b_s, 0, 0, dtype)
     if NORMALIZE:
         b_c, c_scale = column_operand(c_z * factor, dtype)
 
@@ -100,7 +105,10 @@ def short_kernel(
         p_q = q + token_offset(i_n, stride_qn, ORDER_Q, UNIT)
         b_q = tl.load(p_q + o_q, mask=tile_mask(m_n, 0, K, K0, K0), other=0.0)
         b_f = feature(b_q.to(ACC), FEATURE_MAP).to(dtype)
-        b_o = product(b_f, b_s, tl.zeros((BLOCK_N, V0), dtype=ACC), PRECISION)
+        b_o = tl.zeros((BLOCK_N, V0), dtype=ACC)
+        if HALVES:
+            b_o = product(b_f, b_rest, b_o, PRECISION)
+        b_o = product(b_f, b_s, b_o, PRECISION)
         if NORMALIZE:
             b_den = tl.sum(tl.dot(b_f, b_c, out_dtype=ACC), 1) * c_scale
             b_inv = 1.0 / (b_den + tl.full((), eps, ACC))
@@ -141,7 +149,7 @@ def plan_short(
 ) -> Launch:
     B, H, N, K = q.shape
     M, V = v.shape[2:]
-    tiling = Tiling.of("short", dtype, K, V)
+    tiling = Tiling.of("short", dtype, K, V, feature_map=feature_map)
     layout = Layout.of(dtype.itemsize, q, k, v, o)
     return Launch(
         short_kernel,
@@ -162,6 +170,7 @@ def plan_short(
             "GRAIN": layout.grain,
             "FEATURE_MAP": feature_map,
             "NORMALIZE": normalize,
+            "HALVES": tiling.halves and normalize,
             "ACC": Tiling.acc(dtype),
             "PRECISION": tiling.precision,
         },

@@ -153,6 +153,21 @@ def state_operands(s00, s01, s10, s11, K1: tl.constexpr, V1: tl.constexpr, dtype
 
 
 @triton.jit
+def state_halves(s, dtype: tl.constexpr):
+    """S as two operands and their scale: a product with both is one with S unrounded.
+
+    That shows where phi(q) is not rounded either. Only with a denominator: where phi(q) is inf, the
+    products are inf and -inf.
+    """
+    _, _, _, _, scale = state_operands(s, s, s, s, 0, 0, dtype)
+    s *= 1.0 / scale
+    high = s.to(dtype)
+    # An inf stays one: inf - inf would be NaN.
+    rest = tl.where(tl.abs(s) < float("inf"), s - high.to(s.dtype), 0.0)
+    return high, rest.to(dtype), scale
+
+
+@triton.jit
 def store_state(
     pointer, s00, s01, s10, s11, v, K: tl.constexpr, V: tl.constexpr, K0: tl.constexpr,
     K1: tl.constexpr, KB: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,

@@ -94,6 +94,10 @@ ROTARY_SCHEDULES = {
     "grad_query": (Schedule(32, 32, 2, 3, 2048), Schedule(64, 64, 4, 3, 4096)),
     "grad_key": (Schedule(32, 128, 4, 3, 256),),
 }
+# The feature maps whose values are the inputs' own, which 16 bits hold exactly.
+EXACT_MAPS = ("none", "relu")
+# Up to this head dim a second product beside such features costs next to nothing.
+WIDEST_HALVES = 32
 # float32 and float64 are not tuned. With 32 tokens the ptxas of Triton 3.6 crashes on one of the
 # float64 kernels.
 UNTUNED = {4: Schedule(256, 32, 4, 2, 2048), 8: Schedule(256, 16, 4, 1, 2048)}
@@ -107,7 +111,8 @@ class Tiling:
     """How one kernel cuts (dtype, K, V): K into tiles k0 + k1, V into `groups` of v0 + v1.
 
     The second tile of K begins at channel kb. Sums too large for one program are made by `parts`
-    of K or by the groups of V.
+    of K or by the groups of V. With `halves` S is two 16-bit operands, not one: where features are
+    exact, its rounding would be the largest error before that of the result.
     """
 
     block_tokens: int
@@ -123,6 +128,7 @@ class Tiling:
     span: int
     fewest: tuple[int, int, bool]
     sums: bool
+    halves: bool
     itemsize: int
     acc_dtype: torch.dtype
     precision: str
@@ -140,8 +146,8 @@ class Tiling:
         """For K features, which "signed" makes of half as many channels."""
         if dtype == torch.float64:
             require_float64_products()
-        halves = rotary == "halves" or feature_map == "signed"
-        if halves:
+        paired = rotary == "halves" or feature_map == "signed"
+        if paired:
             # A rotation of the one half of a head dim against the other, or two features of a
             # channel: a tile each.
             k0 = k1 = max(16, triton.next_power_of_2(K // 2))
@@ -150,7 +156,7 @@ class Tiling:
             k0, k1 = head_dim_cover(K, kernel)
             kb = k0
         v0, v1 = head_dim_cover(V, kernel)
-        if kernel in ("state", "grad_state") and k0 == 128 and 0 < k1 < 64 and not halves:
+        if kernel in ("state", "grad_state") and k0 == 128 and 0 < k1 < 64 and not paired:
             # Warp-group products have 64 rows at least.
             k1 = 64
         sums = kernel in SUMS
@@ -186,6 +192,12 @@ class Tiling:
             span=schedule.span,
             fewest=few_programs(kernel, max(K, V)),
             sums=sums,
+            halves=(
+                dtype.itemsize == 2
+                and feature_map in EXACT_MAPS
+                and rotary == "none"
+                and max(K, V) <= WIDEST_HALVES
+            ),
             itemsize=dtype.itemsize,
             acc_dtype=torch.float64 if dtype == torch.float64 else torch.float32,
             # float32 means float32: tf32 would keep 10 bits of 23.
