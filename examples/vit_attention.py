@@ -1,0 +1,84 @@
+"""Attention for `train_vit.py`, by name, in the place of a timm vision transformer's.
+
+Each layer starts from the softmax layer's projections as far as it has them, be they trained or
+as timm draws them, and gates start open.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fbila.layers
+from fbila.adapters.timm import AttentionSpec, swap
+from fbila.layers import RALA, FocusedLinearAttention, MLLALinearAttention
+
+# SiLU is 1 there.
+OPEN = 1.2785
+
+
+class MLLAMixer(nn.Module):
+    """MLLA's layer and what its block has around it, without the convolution before it.
+
+    u = W_in x          y = W_out (attn(u) * SiLU(W_a x))
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(dim, dim)
+        self.act_proj = nn.Linear(dim, dim)
+        self.attn = MLLALinearAttention(dim, num_heads)
+        self.out_proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, H: int, W: int) -> Tensor:
+        mixed = self.attn(self.in_proj(x), H, W)
+        return self.out_proj(mixed * F.silu(self.act_proj(x)))
+
+
+@torch.no_grad()
+def focused(spec: AttentionSpec) -> nn.Module:
+    layer = FocusedLinearAttention(spec.dim, spec.heads, spec.qkv_bias, grid_size=spec.grid_size)
+    layer.qkv.load_state_dict(spec.module.qkv.state_dict())
+    layer.proj.load_state_dict(spec.module.proj.state_dict())
+    return layer
+
+
+@torch.no_grad()
+def mlla(spec: AttentionSpec) -> nn.Module:
+    layer = MLLAMixer(spec.dim, spec.heads)
+    # Values are what in_proj makes; queries and keys are made of them, and have to be learned.
+    for name, parameter in layer.in_proj.named_parameters():
+        parameter.copy_(spec.module.qkv.get_parameter(name).chunk(3)[2])
+    layer.out_proj.load_state_dict(spec.module.proj.state_dict())
+    nn.init.trunc_normal_(layer.act_proj.weight, std=0.02)
+    nn.init.constant_(layer.act_proj.bias, OPEN)
+    return layer
+
+
+@torch.no_grad()
+def rala(spec: AttentionSpec) -> nn.Module:
+    layer = RALA(spec.dim, spec.heads)
+    dim = spec.dim
+    for name, parameter in layer.qkvo.named_parameters():
+        kernel = spec.module.qkv.get_parameter(name)
+        parameter[: 3 * dim].copy_(kernel.view_as(parameter[: 3 * dim]))
+    nn.init.trunc_normal_(layer.qkvo.weight[3 * dim :], std=0.02)
+    nn.init.constant_(layer.qkvo.bias[3 * dim :], 1.0)
+    for name, parameter in layer.proj.named_parameters():
+        parameter.copy_(spec.module.proj.get_parameter(name).view_as(parameter))
+    return layer
+
+
+FACTORIES = {"focused": focused, "mlla": mlla, "rala": rala}
+
+
+def put_in(model: nn.Module, name: str) -> nn.Module:
+    """The model with another attention.
+
+    Args:
+        name: "softmax", "focused", "mlla" or "rala"; a layer of `fbila.layers`; or a feature map,
+            for linear attention by the parameters that are there.
+    """
+    if name != "softmax":
+        attention = FACTORIES.get(name) or getattr(fbila.layers, name, name)
+        swap(model, attention)
+    return model
