@@ -76,6 +76,12 @@ def sana_video(px: int) -> nn.Module:
     return SanaVideoTransformer3DModel()
 
 
+def tiny_sana_video(px: int) -> nn.Module:
+    from diffusers import SanaVideoTransformer3DModel
+
+    return SanaVideoTransformer3DModel(**_TINY_SANA, qk_norm="rms_norm_across_heads")
+
+
 def dc_ae(px: int, settings: Mapping[str, Any] = _DC_AE) -> nn.Module:
     from diffusers import AutoencoderDC
 
@@ -150,13 +156,21 @@ def draw_tiny_sana(px: int, batch: int, generator: torch.Generator) -> dict[str,
     return draw_sana(px, batch, generator, channels=4, caption=16)
 
 
-def draw_sana_video(px: int, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+def draw_sana_video(
+    px: int, batch: int, generator: torch.Generator, channels: int = 16, caption: int = 2304
+) -> dict[str, Tensor]:
     """81 frames, px wide and 15 / 26 of it high: 832 px make 32,760 tokens."""
+    # Latents of an even size, which patches of 2 x 2 divide.
+    height, width = px * 15 // 26 // 16 * 2, px // 16 * 2
     return {
-        "hidden_states": _normal(generator, batch, 16, 21, px * 15 // 26 // 8, px // 8),
-        "encoder_hidden_states": _normal(generator, batch, _CAPTION, 2304),
+        "hidden_states": _normal(generator, batch, channels, 21, height, width),
+        "encoder_hidden_states": _normal(generator, batch, _CAPTION, caption),
         "timestep": torch.full((batch,), 500.0, device=generator.device),
     }
+
+
+def draw_tiny_video(px: int, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return draw_sana_video(px, batch, generator, channels=4, caption=16)
 
 
 def draw_sana_tokens(px: int, batch: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -18,12 +18,13 @@ class Row:
     """A pass of one model over pictures of one size, with several ways to compute its attention.
 
     Attributes:
-        kind: "inference" in bfloat16, or "training", a step of it under bfloat16 autocast.
+        kind: "inference", or "training", a step of it under autocast with float32 weights.
         mode: "eager" or "compiled".
         host: A name in `models.HOSTS`.
         px: Pixels along each side.
         attentions: Names in the host's `ways`.
         skipped: Why others are not measured, by name.
+        dtype: Of inference, or of autocast in training. The name has it where it is not bfloat16.
     """
 
     kind: str
@@ -34,10 +35,12 @@ class Row:
     attentions: tuple[str, ...] = ("softmax", "linear")
     skipped: Mapping[str, str] = field(default_factory=dict)
     goals: tuple[Goal, ...] = ()
+    dtype: str = "bfloat16"
 
     @property
     def name(self) -> str:
-        return f"{self.kind}/{self.mode}/{self.host}/{self.px}"
+        name = f"{self.kind}/{self.mode}/{self.host}/{self.px}"
+        return name if self.dtype == "bfloat16" else f"{name}/{self.dtype}"
 
     @property
     def rounds(self) -> int:

@@ -4,6 +4,7 @@ python -m benchmarks.hosts.tables hosts.json
 """
 
 import argparse
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from ..results import read
 from ..unet.goals import GIB
 from ..unet.report import reason
 from ..unet.tables import goal_table
+from .models import HOSTS
+from .plot import ATTENTIONS, by_panel
 from .report import throughput
 
 HEAD = ["model", "px", "batch", "attention", "images/s", "ms", "20 %", "80 %", "x", "peak GiB"]
@@ -22,10 +25,46 @@ def main(argv: list[str] | None = None) -> None:
     content = read(parser.parse_args(argv).result)
     print("\n".join(f"- {key}: {value}" for key, value in content["machine"].items()))
     cases = content["cases"]
-    groups = groupby(cases.values(), lambda r: f"{r['case']['kind']}, {r['case']['mode']}")
-    for group, records in groups:
+    for group, records in groupby(cases.values(), _group):
         print(f"\n### {group}\n\n{table(list(records))}")
+    found = crossovers(content)
+    if found:
+        print("\n### where linear attention wins\n\n" + "\n".join(f"- {line}" for line in found))
     print(f"\n### goals\n\n{goal_table(cases)}")
+
+
+def _group(record: dict) -> str:
+    case = record["case"]
+    return f"{case['kind']}, {case['mode']}, {case['dtype']}"
+
+
+def crossovers(content: dict) -> list[str]:
+    """For each model, pass and mode, from which side of the pictures on linear is the faster."""
+    lines = []
+    for (host, kind), records in by_panel(content).items():
+        for mode in dict.fromkeys(record["case"]["mode"] for record in records):
+            gains = {
+                record["case"]["px"]: gain
+                for record in records
+                if record["case"]["mode"] == mode and (gain := _gain(record)) is not None
+            }
+            if gains:
+                lines.append(f"{HOSTS[host].title}, {kind}, {mode}: {crossover(gains)}")
+    return lines
+
+
+def crossover(gains: Mapping[int, float]) -> str:
+    """In words, given how many times the throughput of softmax linear has at each side."""
+    losing = [px for px, gain in gains.items() if gain <= 1]
+    winning = [px for px in gains if not losing or px > max(losing)]
+    words = f"from {min(winning)} px on" if winning else "at no side measured"
+    measured = ", ".join(f"{gain:.2f} at {px}" for px, gain in sorted(gains.items()))
+    return f"{words} ({measured})"
+
+
+def _gain(record: dict) -> float | None:
+    rates = [throughput(record["attentions"].get(name, {}), record) for name in ATTENTIONS]
+    return None if None in rates else rates[1] / rates[0]
 
 
 def table(records: list[dict]) -> str:

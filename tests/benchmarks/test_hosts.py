@@ -187,7 +187,7 @@ def test_lines(result):
 def test_tables(result, capsys):
     tables.main([str(result)])
     printed = capsys.readouterr().out
-    for words in ("- timm: ", "### inference, eager", "### training, compiled", "### goals"):
+    for words in ("- timm: ", "### inference, eager, bfloat16", "### goals"):
         assert words in printed
     assert "| tiny | 32 | 2 | softmax |" in printed
     for block in printed.split("\n\n"):
@@ -201,6 +201,20 @@ def test_a_table_says_why_there_is_no_number():
     failed = {"case": case, "status": "failed", "reason": "no model"}
     assert "| softmax | wrong: by 2 |" in tables.table([wrong])
     assert "|  | failed: no model |" in tables.table([failed])
+
+
+def test_where_linear_wins_is_said_plainly(result):
+    content = read(result)
+    for record in content["cases"].values():
+        for name, outcome in record["attentions"].items():
+            outcome["ms"] = 10.0 if (name == "linear") == (record["case"]["px"] > 32) else 20.0
+    modes = [f"{kind}, {mode}" for kind in PASSES for mode in MODES]
+    words = "from 64 px on (0.50 at 32, 2.00 at 64)"
+    assert tables.crossovers(content) == [f"a tiny ViT, {mode}: {words}" for mode in modes]
+    assert (
+        tables.crossover({224: 1.2, 512: 0.9}) == "at no side measured (1.20 at 224, 0.90 at 512)"
+    )
+    assert tables.crossover({512: 2.0}) == "from 512 px on (2.00 at 512)"
 
 
 def test_plot(result, tmp_path):
