@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..ops.derived import derived
 from .host import host
 from .sana import FastSanaAttention, mix, why_not_processor
 
@@ -66,4 +67,7 @@ def as_rotary(tables: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor] | Non
         return None
     if cos.shape[1] != hidden_states.shape[1]:
         return None
-    return cos[0, :, 0, 0::2], sin[0, :, 0, 1::2]
+    # Layers are given the same ones, of which the kernels' table is made once.
+    return derived(
+        lambda: (cos[0, :, 0, 0::2].clone(), sin[0, :, 0, 1::2].clone()), "Sana", cos, sin
+    )

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import Rotary, linear_attn, simple_la
+from ..ops.derived import derived
 from ..ops.feature_maps import FEATURE_MAPS
 from ..ops.rotary import rotate
 
@@ -33,6 +34,11 @@ def as_rotary(rope: Tensor | None, prefix: int, half: bool) -> Rotary | None:
     """
     if rope is None:
         return None
+    # Layers are given the same one, and forward passes too where it is a buffer.
+    return derived(lambda: _tables(rope, prefix, half), (prefix, half), rope)
+
+
+def _tables(rope: Tensor, prefix: int, half: bool) -> Rotary:
     sin, cos = rope.chunk(2, -1)
     # Both channels of a pair have the same angle.
     one = slice(cos.shape[-1] // 2) if half else slice(0, None, 2)

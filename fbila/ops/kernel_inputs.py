@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from .autocast import without_autocast
+from .derived import derived
 from .library import sum_dtype
 from .rotary import Rotary
 
@@ -71,11 +72,15 @@ def kernel_table(rotary: Rotary | None, q: torch.Tensor) -> tuple[torch.Tensor |
     """
     if rotary is None:
         return None, "none"
-    if rotary.interleaved:
-        table = torch.stack((rotary.cos, rotary.sin), -1).flatten(-2)
-    else:
-        table = torch.cat((rotary.cos, rotary.sin), -1)
-    table = table.to(q.dtype if q.dtype.itemsize > 2 else torch.float16)
-    return table if table.dim() == 3 else table[None], (
-        "interleaved" if rotary.interleaved else "halves"
-    )
+    dtype = q.dtype if q.dtype.itemsize > 2 else torch.float16
+    cos, sin, interleaved = rotary
+    table = derived(lambda: _table(cos, sin, interleaved, dtype), (interleaved, dtype), cos, sin)
+    return table, "interleaved" if interleaved else "halves"
+
+
+def _table(
+    cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, dtype: torch.dtype
+) -> torch.Tensor:
+    table = torch.stack((cos, sin), -1).flatten(-2) if interleaved else torch.cat((cos, sin), -1)
+    table = table.to(dtype)
+    return table if table.dim() == 3 else table[None]
