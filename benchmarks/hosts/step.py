@@ -9,7 +9,7 @@ eager mode, on the whole batch, by twice the bound.
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -31,9 +31,10 @@ class Inference:
     """A row's model in 16 bits and one batch."""
 
     missing = None
+    hosts = HOSTS
 
     def __init__(self, row: Row, device: str) -> None:
-        self.row, self.host = row, HOSTS[row.host]
+        self.row, self.host = row, self.hosts[row.host]
         self.dtype: torch.dtype = getattr(torch, row.dtype)
         torch.manual_seed(0)
         with torch.device(device):
@@ -43,12 +44,15 @@ class Inference:
         self.single = self._inputs(1, device)
         self._exact: dict[str, tuple[Tensor, float]] = {}
 
-    @contextmanager
-    def ready(self, name: str) -> Iterator[tuple[Call, dict[str, float]]]:
+    def ready(self, name: str) -> AbstractContextManager[tuple[Call, dict[str, float]]]:
         """A step with this attention, and its errors; raises `Wrong` where they are too large."""
+        return self._ready(name, self.row.mode == "compiled")
+
+    @contextmanager
+    def _ready(self, name: str, compile_it: bool) -> Iterator[tuple[Call, dict[str, float]]]:
         errors = self._check(name)
         with self._mode(), self.host.ways[name](self.model):
-            if self.row.mode == "eager":
+            if not compile_it:
                 yield self._step(self.model), errors
                 return
             compiled = torch.compile(self.model, dynamic=False, **COMPILE)

@@ -1,0 +1,46 @@
+"""The official operations in the place of fbila's, with the same parameters, for a block."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from fbila import layers
+
+from . import official_pictures as pictures
+from . import official_tokens as tokens
+
+OFFICIAL = {
+    layers.FocusedLinearAttention: tokens.focused,
+    layers.InLineAttention: tokens.inline,
+    layers.LiteMLA: pictures.lite_mla,
+    layers.MALA: pictures.mala,
+    layers.MLLALinearAttention: tokens.mlla,
+    layers.NonCausalSSD: tokens.ssd,
+    layers.PolaLinearAttention: tokens.pola,
+    layers.PolaPPAttention: tokens.pola_pp,
+    layers.RALA: pictures.rala,
+    layers.SanaLinearAttention: tokens.sana,
+}
+
+
+@contextmanager
+def official(model: nn.Module) -> Iterator[None]:
+    """Every layer of these classes computes as its official code does.
+
+    The classes are changed and not the modules, so that a compiler sees methods like any others.
+    """
+    used = {type(module) for module in model.modules()} & OFFICIAL.keys()
+    if not used:
+        raise ValueError(f"{type(model).__name__} has none of the layers of fbila.")
+    before = {kind: kind.__dict__.get("forward") for kind in used}
+    try:
+        for kind in used:
+            kind.forward = OFFICIAL[kind]
+        yield
+    finally:
+        for kind, forward in before.items():
+            if forward is None:
+                del kind.forward
+            else:
+                kind.forward = forward

@@ -1,0 +1,73 @@
+"""What a row times: a step of a model as in `benchmarks.hosts`, or a pass of a layer alone.
+
+Every way is held to the official operations in float32, as `benchmarks.hosts.step` says.
+"""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from ..hosts import step as hosts
+from ..timing import Call
+from .models import HOSTS
+from .rows import WAYS, Row
+
+
+class _Ways:
+    """A row's ways to compute, compiled and not, side by side."""
+
+    hosts = HOSTS
+
+    def ready(self, name: str) -> AbstractContextManager[tuple[Call, dict[str, float]]]:
+        way, compile_it = WAYS[name]
+        return self._ready(way, compile_it)
+
+
+class Inference(_Ways, hosts.Inference):
+    """In bfloat16."""
+
+
+class Training(_Ways, hosts.Training):
+    """Of a model: float32 weights, bfloat16 autocast, AdamW."""
+
+
+class ForwardBackward(_Ways, hosts.Inference):
+    """Of a layer in bfloat16: the gradients of its input and its parameters."""
+
+    def _set_up(self) -> None:
+        self.model.to(self.dtype).train()
+        self._weights: dict[tuple, Tensor] = {}
+
+    def _mode(self) -> torch.enable_grad:
+        return torch.enable_grad()
+
+    def _step(self, model: nn.Module) -> Call:
+        return lambda: self._gradients(model, self.inputs)
+
+    def _result(self, model: nn.Module, inputs: hosts.Inputs, exactly: bool = False) -> Tensor:
+        if exactly:
+            inputs = {name: x.float() for name, x in inputs.items()}
+        x, *parameters = (g.flatten().float() for g in self._gradients(model, inputs))
+        # Each of the two by its norm: sums over all tokens are so much larger.
+        return torch.cat([g / g.norm() for g in (x, torch.cat(parameters))])
+
+    def _gradients(self, model: nn.Module, inputs: hosts.Inputs) -> tuple[Tensor, ...]:
+        x = inputs["x"].detach().requires_grad_()
+        y = self.host.call(model, {"x": x})
+        return torch.autograd.grad(y, [x, *model.parameters()], self._weight(y))
+
+    def _weight(self, y: Tensor) -> Tensor:
+        """What the answer is weighed by; made at the first call."""
+        key = y.shape, y.dtype
+        if key not in self._weights:
+            generator = torch.Generator(y.device).manual_seed(2)
+            drawn = torch.randn(y.shape, generator=generator, device=y.device)
+            self._weights[key] = drawn.to(y.dtype)
+        return self._weights[key]
+
+
+def make_step(row: Row, device: str) -> hosts.Inference:
+    if row.kind == "inference":
+        return Inference(row, device)
+    return (Training if row.part == "models" else ForwardBackward)(row, device)
