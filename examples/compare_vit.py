@@ -27,6 +27,8 @@ from statistics import mean, stdev
 import torch
 from tqdm import tqdm
 
+# The second is softmax with the kind of convolution that the linear layers have.
+ATTENTIONS = ["softmax", "softmax_conv", "focused", "mlla", "rala"]
 KEPT = ("steps", "losses", "epochs", "accuracy", "parameters", "seconds", "attention", "seed")
 
 
@@ -115,7 +117,7 @@ def main(arguments: list[str] | None = None) -> dict:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--attentions", nargs="+", default=["softmax", "focused", "mlla", "rala"])
+    add("--attentions", nargs="+", default=ATTENTIONS)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--jobs", type=int, default=1, help="trainings at a time, on one device (%(default)s)")
     add("--finetune", type=int, default=0, metavar="EPOCHS", help="also from softmax weights")

@@ -42,7 +42,7 @@ except ImportError as error:
 from vit_attention import put_in
 from vit_data import drawn_loaders, folder_loaders
 
-NAMES = "softmax, focused, mlla, rala, a layer of fbila.layers or a feature map"
+NAMES = "softmax, softmax_conv, focused, mlla, rala, a layer of fbila.layers or a feature map"
 SMALL = {"patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 6}
 
 

@@ -34,6 +34,38 @@ class MLLAMixer(nn.Module):
         return self.out_proj(mixed * F.silu(self.act_proj(x)))
 
 
+class ConvSoftmax(nn.Module):
+    """Softmax with a depthwise 5 x 5 convolution of the values, as the linear layers have one.
+
+    Without it, softmax alone has to learn from pictures what is next to what.
+    """
+
+    takes_pictures = True
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Conv2d(dim, 3 * dim, 1)
+        self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
+        self.proj = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x)
+        q, k, v = qkv.flatten(2).unflatten(1, (3, self.num_heads, -1)).mT.unbind(1)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.mT.reshape(x.shape) + self.lepe(qkv.chunk(3, 1)[2]))
+
+
+@torch.no_grad()
+def softmax_conv(spec: AttentionSpec) -> nn.Module:
+    layer = ConvSoftmax(spec.dim, spec.heads)
+    for name in ("qkv", "proj"):
+        for kind, parameter in layer.get_submodule(name).named_parameters():
+            theirs = spec.module.get_submodule(name).get_parameter(kind)
+            parameter.copy_(theirs.view_as(parameter))
+    return layer
+
+
 @torch.no_grad()
 def focused(spec: AttentionSpec) -> nn.Module:
     layer = FocusedLinearAttention(spec.dim, spec.heads, spec.qkv_bias, grid_size=spec.grid_size)
@@ -68,15 +100,15 @@ def rala(spec: AttentionSpec) -> nn.Module:
     return layer
 
 
-FACTORIES = {"focused": focused, "mlla": mlla, "rala": rala}
+FACTORIES = {"softmax_conv": softmax_conv, "focused": focused, "mlla": mlla, "rala": rala}
 
 
 def put_in(model: nn.Module, name: str) -> nn.Module:
     """The model with another attention.
 
     Args:
-        name: "softmax", "focused", "mlla" or "rala"; a layer of `fbila.layers`; or a feature map,
-            for linear attention by the parameters that are there.
+        name: "softmax" or one of `FACTORIES`; a layer of `fbila.layers`; or a feature map, for
+            linear attention by the parameters that are there.
     """
     if name != "softmax":
         attention = FACTORIES.get(name) or getattr(fbila.layers, name, name)

@@ -43,7 +43,7 @@ def same(first, second):
 
 
 class TestTraining:
-    @pytest.mark.parametrize("attention", ["softmax", "focused", "mlla", "rala"])
+    @pytest.mark.parametrize("attention", ["softmax", "softmax_conv", "focused", "mlla", "rala"])
     def test_each_attention_trains(self, tmp_path, attention):
         result, weights = run(tmp_path, f"--attention {attention} --epochs 2")
         assert result == json.loads((tmp_path / "result.json").read_text())
