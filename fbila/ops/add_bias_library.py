@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from .autograd import direct, needs_gradient, require_frozen
+from .autograd import differentiable_by, direct, needs_gradient, require_frozen
 from .library import LIBRARY, sum_dtype
 from .memory_format import beside, dense, dtypes_of, empty_in_order, is_channels_last
 
@@ -87,7 +87,7 @@ def differentiable(x, residual, x_bias, residual_bias):
 
 LIBRARY.impl("add_bias", in_kernel, "CUDA")
 LIBRARY.impl("add_bias", in_pytorch, "CPU")
-LIBRARY.impl("add_bias", differentiable, "Autograd")
+differentiable_by("add_bias", differentiable, in_kernel)
 torch.library.register_fake("fbila::add_bias", empty_like_sum, lib=LIBRARY)
 
 

@@ -4,6 +4,8 @@ Kept are q, k, v (the inputs themselves), the state, `K * V + K` numbers a head,
 token and head, the inverse of its denominator: nothing of the size of q.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from . import library
@@ -41,6 +43,21 @@ def require_frozen(op: str, *tensors: torch.Tensor | None) -> None:
         raise NotImplementedError(
             f"{op} has no gradients of its weights and biases. Freeze them, or use PyTorch's own."
         )
+
+
+def differentiable_by(op: str, differentiable: Callable, in_kernel: Callable) -> None:
+    """Make `differentiable` what the dispatcher calls where a gradient may be wanted.
+
+    It asks for that under `no_grad` as well, and in the inference graphs of compilers: there the
+    way by autograd's function and back to the dispatcher would take longer than the kernel.
+    """
+
+    def run(*arguments):
+        tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+        unseen = not torch.is_grad_enabled() and direct(*tensors)
+        return (in_kernel if unseen else differentiable)(*arguments)
+
+    LIBRARY.impl(op, run, "Autograd")
 
 
 def linear_attn(q, k, v, key_weight, *options):
@@ -114,5 +131,5 @@ def refuse_second_derivative(
     LIBRARY.impl(op, lambda *arguments: Refusal.apply(*arguments), "Autograd")
 
 
-LIBRARY.impl("linear_attn", lambda *arguments: LinearAttn.apply(*arguments), "Autograd")
+differentiable_by("linear_attn", LinearAttn.apply, library.inference)
 refuse_second_derivative("linear_attn_backward", "linear_attn and simple_la")

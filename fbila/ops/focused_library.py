@@ -7,7 +7,7 @@ token share; `kernels/focus.py` finds those before, and takes the gradient of f 
 
 import torch
 
-from .autograd import refuse_second_derivative
+from .autograd import differentiable_by, refuse_second_derivative
 from .layout import empty_like_order
 from .library import LIBRARY, backward_of, empty_inverse, empty_state, forward_of
 
@@ -136,5 +136,5 @@ class FocusedLA(torch.autograd.Function):
         return (*(x if needed else None for x, needed in wanted), *[None] * 4)
 
 
-LIBRARY.impl("focused_la", lambda *x: FocusedLA.apply(*x), "Autograd")
+differentiable_by("focused_la", FocusedLA.apply, inference)
 refuse_second_derivative("focused_la_backward", "focused_la")

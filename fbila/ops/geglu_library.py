@@ -8,7 +8,7 @@ elsewhere.
 import torch
 import torch.nn.functional as F
 
-from .autograd import direct, needs_gradient, refuse_second_derivative
+from .autograd import differentiable_by, direct, needs_gradient, refuse_second_derivative
 from .library import LIBRARY, sum_dtype
 
 LIBRARY.define("geglu(Tensor x) -> Tensor")
@@ -77,7 +77,7 @@ class GEGLU(torch.autograd.Function):
 
 LIBRARY.impl("geglu", in_kernel, "CUDA")
 LIBRARY.impl("geglu", in_pytorch, "CPU")
-LIBRARY.impl("geglu", lambda x: GEGLU.apply(x), "Autograd")
+differentiable_by("geglu", GEGLU.apply, in_kernel)
 LIBRARY.impl("geglu_backward", backward_in_kernel, "CUDA")
 LIBRARY.impl("geglu_backward", backward_in_pytorch, "CPU")
 torch.library.register_fake("fbila::geglu", empty_half, lib=LIBRARY)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from . import group_norm_backward_library as gradient
-from .autograd import direct, needs_gradient, require_frozen
+from .autograd import differentiable_by, direct, needs_gradient, require_frozen
 from .library import LIBRARY, sum_dtype
 from .memory_format import beside, dense, dtypes_of, empty_in_order, is_channels_last
 
@@ -170,7 +170,7 @@ def differentiable(x, shift, x_bias, weight, bias, groups, eps, silu, channels_l
 
 LIBRARY.impl("group_norm", in_kernel, "CUDA")
 LIBRARY.impl("group_norm", in_pytorch, "CPU")
-LIBRARY.impl("group_norm", differentiable, "Autograd")
+differentiable_by("group_norm", differentiable, in_kernel)
 LIBRARY.impl("group_norm_forward", forward_in_kernel, "CUDA")
 LIBRARY.impl("group_norm_forward", forward_in_pytorch, "CPU")
 

@@ -7,7 +7,7 @@ differentiated is said, as in `autograd.py`.
 
 import torch
 
-from .autograd import refuse_second_derivative
+from .autograd import differentiable_by, refuse_second_derivative
 from .feature_maps import feature_dim
 from .layout import empty_like_order
 from .library import LIBRARY, empty_inverse, empty_state, sum_dtype
@@ -187,7 +187,7 @@ class LinearAttnApply(torch.autograd.Function):
         return (*(x if needed else None for x, needed in wanted), *[None] * 6)
 
 
-LIBRARY.impl("linear_attn_state", lambda *x: LinearAttnState.apply(*x), "Autograd")
-LIBRARY.impl("linear_attn_apply", lambda *x: LinearAttnApply.apply(*x), "Autograd")
+differentiable_by("linear_attn_state", LinearAttnState.apply, state_of)
+differentiable_by("linear_attn_apply", LinearAttnApply.apply, apply)
 refuse_second_derivative("linear_attn_state_backward", "linear_attn_state")
 refuse_second_derivative("linear_attn_apply_backward", "linear_attn_apply")

@@ -14,7 +14,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from .autograd import direct, needs_gradient, refuse_second_derivative, require_frozen
+from .autograd import (
+    differentiable_by,
+    direct,
+    needs_gradient,
+    refuse_second_derivative,
+    require_frozen,
+)
 from .library import LIBRARY, sum_dtype
 from .memory_format import beside, dtypes_of
 
@@ -101,9 +107,9 @@ def backward_in_kernel(dy, x, weight, bias, eps, slope):
     if x.numel() == 0:
         return x.new_empty(x.shape), torch.zeros_like(weight), torch.zeros_like(bias)
     x, dy = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, dy))
-    dx, (dw, db) = launch_grad_norm(dy, x, weight.contiguous(), bias.contiguous(), eps, slope)
-    # An op's outputs may not share memory.
-    return dx, dw.clone(), db
+    dx, sums = launch_grad_norm(dy, x, weight.contiguous(), bias.contiguous(), eps, slope)
+    # An op's outputs may not share memory, and begin where theirs does.
+    return dx, sums[0].clone(), sums[1].clone()
 
 
 def backward_in_pytorch(dy, x, weight, bias, eps, slope):
@@ -139,7 +145,7 @@ class LayerNormLeakyReLU(torch.autograd.Function):
 
 LIBRARY.impl("layer_norm_leaky_relu", in_kernel, "CUDA")
 LIBRARY.impl("layer_norm_leaky_relu", in_pytorch, "CPU")
-LIBRARY.impl("layer_norm_leaky_relu", lambda *x: LayerNormLeakyReLU.apply(*x), "Autograd")
+differentiable_by("layer_norm_leaky_relu", LayerNormLeakyReLU.apply, in_kernel)
 LIBRARY.impl("layer_norm_leaky_relu_backward", backward_in_kernel, "CUDA")
 LIBRARY.impl("layer_norm_leaky_relu_backward", backward_in_pytorch, "CPU")
 refuse_second_derivative("layer_norm_leaky_relu_backward", "layer_norm_leaky_relu")
@@ -172,7 +178,7 @@ def plain_differentiable(x, weight, bias, eps, dtype=None):
 
 LIBRARY.impl("layer_norm", plain_in_kernel, "CUDA")
 LIBRARY.impl("layer_norm", plain_in_pytorch, "CPU")
-LIBRARY.impl("layer_norm", plain_differentiable, "Autograd")
+differentiable_by("layer_norm", plain_differentiable, plain_in_kernel)
 LIBRARY.impl("layer_norm_backward", plain_backward_in_kernel, "CUDA")
 LIBRARY.impl("layer_norm_backward", plain_backward_in_pytorch, "CPU")
 refuse_second_derivative("layer_norm_backward", "layer_norm", "Use PyTorch's own for that.")
