@@ -44,6 +44,8 @@ def test_the_same_prediction(make, linear, tokens):
 
 def test_norms_by_the_kernel(monkeypatch):
     """As on a GPU: the same, in the memory of what the blocks made themselves."""
+    if torch.cuda.is_available():
+        pytest.skip("kernels are not interpreted where there is a GPU")
     unet = tiny_models.small_unet()
     expected = tiny_models.predict(unet)
     made = []
