@@ -1,0 +1,128 @@
+"""What MLLA and VSSD have in common: all but what mixes the tokens.
+
+    x <- x + dwc(x)          x <- x + mix(norm(x))
+    x <- x + dwc(x)          x <- x + mlp(norm(x))
+
+dwc are depthwise 3 x 3 convolutions, from which the tokens know where they are. x is
+`(B, H, W, C)`, whose tokens are mixed as `(B, H * W, C)`, a view.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates
+from timm.models.efficientvit_mit import ConvNormAct
+from torch import Tensor, nn
+
+from .backbone import init_linear
+from .stages import Stage, StagedBackbone, over_grid
+
+
+class ConvStem(nn.Module):
+    """`(B, in_chans, H, W)` to `(B, H / 4, W / 4, dim)`, rounded up, by five convolutions."""
+
+    def __init__(self, in_chans: int, dim: int, **factory: Any) -> None:
+        super().__init__()
+        half = dim // 2
+        self.conv1 = ConvNormAct(in_chans, half, stride=2, **factory)
+        self.conv2 = nn.Sequential(
+            ConvNormAct(half, half, **factory),
+            ConvNormAct(half, half, act_layer=None, **factory),
+        )
+        self.conv3 = nn.Sequential(
+            ConvNormAct(half, 4 * dim, stride=2, **factory),
+            ConvNormAct(4 * dim, dim, 1, act_layer=None, **factory),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        x = self.conv3(self.conv2(x) + x)
+        return x.permute(0, 2, 3, 1)
+
+
+class ConvDownsample(nn.Module):
+    """`(B, H, W, dim)` to `(B, H / 2, W / 2, 2 * dim)`, rounded up, through 8 * dim channels."""
+
+    def __init__(self, dim: int, **factory: Any) -> None:
+        super().__init__()
+        wide = 8 * dim
+        plain: Any = {"bias": True, "norm_layer": None, **factory}
+        self.conv = nn.Sequential(
+            ConvNormAct(dim, wide, 1, **plain),
+            ConvNormAct(wide, wide, 3, stride=2, groups=wide, **plain),
+            ConvNormAct(wide, 2 * dim, 1, bias=True, act_layer=None, **factory),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return over_grid(self.conv, x)
+
+
+class TokenBlock(nn.Module):
+    """The block; a subclass has `mix`, from `(B, H, W, C)` to the same shape.
+
+    Args:
+        dim: Channels C.
+        mlp_ratio: Hidden channels of the MLP, as a multiple of C.
+        proj_drop: Dropout in the MLP.
+        drop_path: Stochastic depth.
+    """
+
+    def __init__(
+        self, dim: int, mlp_ratio: float, proj_drop: float, drop_path: float, **factory: Any
+    ) -> None:
+        super().__init__()
+        self.cpe1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+        self.norm1 = nn.LayerNorm(dim, **factory)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.cpe2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+        self.norm2 = nn.LayerNorm(dim, **factory)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + over_grid(self.cpe1, x)
+        x = x + self.drop_path(self.mix(self.norm1(x)))
+        x = x + over_grid(self.cpe2, x)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def mix(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class TokenBackbone(StagedBackbone):
+    """The backbone of such blocks, whose channels double from each stage to the next.
+
+    Args:
+        make_block: A block, given the index of its stage and its stochastic depth.
+        embed_dim: Channels of the first stage.
+        depths: Blocks of each stage.
+        drop_path_rate: Stochastic depth of the last block; that of the first is 0.
+        in_chans: Channels of the pictures.
+        num_classes: Classes; 0 for pooled features.
+        global_pool: As in timm.
+        drop_rate: Dropout before the classifier.
+    """
+
+    def __init__(
+        self,
+        make_block: Callable[[int, float], TokenBlock],
+        *,
+        embed_dim: int,
+        depths: Sequence[int],
+        drop_path_rate: float,
+        in_chans: int,
+        num_classes: int,
+        global_pool: str,
+        drop_rate: float,
+        **factory: Any,
+    ) -> None:
+        widths = [embed_dim * 2**i for i in range(len(depths))]
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        downsamples = [*(ConvDownsample(width, **factory) for width in widths[:-1]), None]
+        stages = [
+            Stage([make_block(i, rate) for rate in rates[i]], downsample)
+            for i, downsample in enumerate(downsamples)
+        ]
+        super().__init__(ConvStem(in_chans, embed_dim, **factory), stages, widths, in_chans)
+        self.norm = nn.LayerNorm(widths[-1], **factory)
+        self.make_head(num_classes, global_pool, drop_rate, **factory)
+        self.apply(init_linear)
