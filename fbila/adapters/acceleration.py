@@ -16,7 +16,7 @@ from torch import nn
 from ..ops.tensor_checks import MAX_HEAD_DIM
 from .report import AdapterError, Entry, SwapReport, require_match
 from .selection import Selection, Selector
-from .shared import over, own_forward, replacements
+from .shared import over, replacements, why_not_replaced
 from .swap import SwapHandle, swap_modules, unwrap
 
 # Where a host has a linear attention, and what computes it here. A model with one has imported it.
@@ -113,9 +113,10 @@ def _entries(model: nn.Module, selection: Selection) -> Iterator[Entry]:
         if kind is None and not reason:
             continue
         heads, head_dim = (0, 0) if kind is None else kind.shape(module)
-        reason = (
-            reason or _why_not_replaced(name, module, head_dim) or selection.why_not(name, module)
-        )
+        reason = reason or why_not_replaced(name, module)
+        if not reason and head_dim > MAX_HEAD_DIM:
+            reason = f"has {head_dim} channels a head, more than {MAX_HEAD_DIM}"
+        reason = reason or selection.why_not(name, module)
         yield Entry(
             name=name,
             source=type(module).__name__,
@@ -141,18 +142,6 @@ def _choose(module: nn.Module) -> tuple[Any, str]:
     if not reason and type(module).__name__.endswith(("Attention", "Attn")):
         reason = "is not a linear attention that there are kernels for"
     return None, reason
-
-
-def _why_not_replaced(name: str, module: nn.Module, head_dim: int) -> str:
-    if not name:
-        return "is the model itself, and nothing around it could hold another module"
-    if not own_forward(module):
-        return "had its forward replaced, as accelerate's hooks do, which would be lost"
-    if vars(module).get("_compiled_call_impl") is not None:
-        return "was compiled by itself; compile it afterwards"
-    if head_dim > MAX_HEAD_DIM:
-        return f"has {head_dim} channels a head, more than {MAX_HEAD_DIM}"
-    return ""
 
 
 def _fast_classes() -> list[Any]:

@@ -54,6 +54,20 @@ def own_forward(module: nn.Module) -> bool:
     return "forward" not in vars(module)
 
 
+def why_not_replaced(name: str, module: nn.Module) -> str:
+    """Why no other module can take the place of this one, whatever it computes; `""` if one can.
+
+    What is compiled by itself calls its own forward, and so would a module that shares its state.
+    """
+    if not name:
+        return "is the model itself, and nothing around it could hold another module"
+    if not own_forward(module):
+        return "had its forward replaced, as accelerate's hooks do, which would be lost"
+    if vars(module).get("_compiled_call_impl") is not None:
+        return "was compiled by itself; compile it afterwards"
+    return ""
+
+
 def require_own_forward(name: str, module: nn.Module) -> None:
     """Refuses a module that a hook of another library would be lost with.
 

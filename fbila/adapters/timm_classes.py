@@ -97,7 +97,7 @@ _NO_ATTENTION = {
 }
 
 
-def why_not_replaced(module: nn.Module) -> str:
+def why_not_of_class(module: nn.Module) -> str:
     """Why a module that computes attention is none that can be replaced; `""` if it computes none.
 
     Args:

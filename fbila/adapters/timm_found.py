@@ -11,9 +11,9 @@ from ..ops.tensor_checks import MAX_HEAD_DIM
 from .own_layer import AttentionSpec, OwnLayer
 from .report import Entry, SwapReport
 from .selection import Selection
-from .shared import own_forward
+from .shared import why_not_replaced
 from .timm_attention import LINEAR, TakesRope
-from .timm_classes import why_not_replaced
+from .timm_classes import why_not_of_class
 
 # The name of a feature map, a layer class, or what makes a layer for a place.
 Choice = str | type[nn.Module] | Callable[[AttentionSpec], nn.Module]
@@ -86,7 +86,7 @@ def _entries(model: nn.Module, attention: Choice, selection: Selection) -> Itera
         elif isinstance(module, (*LINEAR.values(), OwnLayer)):
             reason = "is linear attention already"
         else:
-            reason = why_not_replaced(module)
+            reason = why_not_of_class(module)
         if not reason and type(module) not in LINEAR:
             continue
         heads, head_dim = (getattr(module, size, 0) for size in ("num_heads", "head_dim"))
@@ -103,10 +103,9 @@ def _entries(model: nn.Module, attention: Choice, selection: Selection) -> Itera
 def _why_not(model: nn.Module, name: str, attention: Choice) -> str:
     """Why a module of a class that can be replaced is not."""
     module: Any = model.get_submodule(name)
-    if not name:
-        return "is the model itself, and nothing around it could hold another module"
-    if not own_forward(module):
-        return "had its forward replaced, as accelerate's hooks do, which would be lost"
+    reason = why_not_replaced(name, module)
+    if reason:
+        return reason
     if isinstance(attention, type):
         return spec_of(model, name).why_not_plain()
     if not isinstance(attention, str):

@@ -198,6 +198,22 @@ def test_a_forward_that_somebody_put_on(model):
     handle.unmount()
 
 
+def test_one_that_was_compiled_by_itself(model):
+    """It would go on with softmax: what was compiled is the forward of the module itself."""
+    model.blocks[0].attn.compile(backend="eager")
+    handle = swap(model)
+    assert [(e.name, e.reason) for e in handle.report.skipped] == [
+        ("blocks.0.attn", "was compiled by itself; compile it afterwards")
+    ]
+    linear = handle.modules["blocks.1.attn"]
+    x = torch.randn(2, 17, 32)
+    expected = linear(x)
+    linear.compile(backend="eager")
+    torch.testing.assert_close(linear(x), expected)
+    handle.unmount()
+    assert not torch.allclose(model.blocks[1].attn(x), expected, atol=1e-3)
+
+
 def test_the_report_in_words(model):
     lines = str(swap(model, layers=[0, -1]).report).splitlines()
     assert lines[0] == "VisionTransformer: 2 swapped, 1 skipped"
