@@ -105,6 +105,15 @@ class SwapHandle:
             self.model(*args, **kwargs)
         return drifts
 
+    def new_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that the new modules have and the originals have not: what to train.
+
+        Where the new modules compute with the originals' own, there are none.
+        """
+        old = {id(p) for module in self.originals.values() for p in module.parameters()}
+        new = {id(p): p for module in self.modules.values() for p in module.parameters()}
+        yield from (p for key, p in new.items() if key not in old)
+
     @property
     def attached(self) -> bool:
         """Whether the model still carries this swap, mounted or disabled."""

@@ -13,6 +13,7 @@ from dataclasses import replace
 from torch import nn
 
 from ..ops.feature_maps import FEATURE_MAPS
+from .host import host
 from .own_layer import AttentionSpec, make_layer
 from .report import AdapterError, SwapReport, require_match
 from .selection import Selection, Selector
@@ -21,7 +22,10 @@ from .swap import SwapHandle, get_handle, swap_modules, unwrap
 from .timm_attention import LINEAR, LinearAttention, warn_of_dropout
 from .timm_found import Choice, find, settings_of, spec_of
 
-__all__ = ["AttentionSpec", "LinearAttention", "plan", "swap"]
+with host("timm"):
+    from timm.models import vision_transformer
+
+__all__ = ["AttentionSpec", "LinearAttention", "plan", "register", "swap"]
 
 
 def swap(
@@ -127,6 +131,38 @@ def plan(
             f"attention must be a layer class, a factory or one of {names}, got {attention!r}."
         )
     return find(unwrap(model), attention, Selection(include, exclude, layers))
+
+
+def register(name: str = "fbila", layer: type[nn.Module] = LinearAttention) -> None:
+    """Makes timm know a layer by name: `attn_layer="fbila"`, as on the command line of a script.
+
+    Importing fbila does not; every process that makes such models has to call this.
+
+    Args:
+        name: What `timm.create_model(..., attn_layer=name)` is to find it by.
+        layer: `LinearAttention`, or a subclass with another feature map.
+
+    Raises:
+        AdapterError: If the name is another layer's, or timm keeps no names of layers any more.
+
+    Example:
+        >>> import timm
+        >>> register()
+        >>> model = timm.create_model("test_vit", attn_layer="fbila")
+        >>> type(model.blocks[0].attn).__name__
+        'LinearAttention'
+    """
+    known = getattr(vision_transformer, "ATTN_LAYERS", None)
+    if known is None:
+        raise AdapterError(
+            "This timm has moved its names of attention layers (ATTN_LAYERS). Pass the class: "
+            f"attn_layer={layer.__name__}."
+        )
+    if known.get(name, layer) is not layer:
+        raise AdapterError(
+            f"{name!r} is the name of {known[name].__name__} in timm; choose another one."
+        )
+    known[name] = layer
 
 
 def _sized(report: SwapReport, model: nn.Module, modules: Mapping[str, nn.Module]) -> SwapReport:

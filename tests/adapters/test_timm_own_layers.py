@@ -283,3 +283,15 @@ def test_a_model_that_does_not_tell_its_grid():
     assert "needs the grid of tokens, which the model does not tell" in str(refusal.value)
     assert modules(model) == there
     swap(model, lambda spec: FocusedLinearAttention(spec.dim, spec.heads, grid_size=4))
+
+
+def test_what_is_new_can_be_trained_alone(model):
+    handle = swap(model, LinearAttention)
+    new = list(handle.new_parameters())
+    assert sum(p.numel() for p in new) == sum(
+        p.numel() for block in model.blocks for p in block.attn.parameters()
+    )
+    assert {id(p) for p in new} <= {id(p) for p in model.parameters()}
+    handle.unmount()
+    assert not {id(p) for p in new} & {id(p) for p in model.parameters()}
+    assert not list(swap(model).new_parameters())

@@ -9,6 +9,7 @@ import timm
 import torch
 from helpers import CUDA
 from timm.layers import set_fused_attn
+from timm.models import vision_transformer
 from timm.models._features_fx import create_feature_extractor, get_graph_node_names
 from timm.optim import param_groups_layer_decay
 from timm.utils import AttentionExtract
@@ -16,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fbila import linear_attn, simple_la
 from fbila.adapters import AdapterError, timm_rope
-from fbila.adapters.timm import LinearAttention, swap
+from fbila.adapters.timm import LinearAttention, register, swap
 
 CPP_COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
 KINDS = ["vit", "prefix", "norms", "eva", "rope, halves", "rope, learned", "rope, grouped"]
@@ -297,3 +298,27 @@ def test_an_attention_layer_of_timms_constructor():
     x = backbones.picture(160, 1)
     (output,) = predict(create_feature_extractor(model, [nodes[-1]]), x).values()
     assert torch.equal(output, predict(model, x))
+
+
+def test_an_attention_layer_by_name(monkeypatch):
+    monkeypatch.setattr(vision_transformer, "ATTN_LAYERS", dict(vision_transformer.ATTN_LAYERS))
+
+    class ReLUAttention(LinearAttention):
+        feature_map = "relu"
+
+    register()
+    register()
+    register("relu", ReLUAttention)
+    for name, layer in (("fbila", LinearAttention), ("relu", ReLUAttention)):
+        model = timm.create_model("test_vit", attn_layer=name)
+        assert all(type(block.attn) is layer for block in model.blocks)
+    for name, taken in (("attn", "Attention"), ("fbila", "LinearAttention")):
+        with pytest.raises(AdapterError, match=f"'{name}' is the name of {taken} in timm"):
+            register(name, ReLUAttention)
+    monkeypatch.delattr(vision_transformer, "ATTN_LAYERS")
+    with pytest.raises(AdapterError, match="Pass the class: attn_layer=LinearAttention"):
+        register()
+
+
+def test_timm_keeps_layers_by_name():
+    assert vision_transformer.ATTN_LAYERS["attn"] is vision_transformer.Attention
