@@ -43,7 +43,7 @@ from vit_attention import put_in
 from vit_data import drawn_loaders, folder_loaders
 
 NAMES = "softmax, softmax_conv, focused, mlla, rala, a layer of fbila.layers or a feature map"
-SMALL = {"patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 6}
+SMALL = {"patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4}
 
 
 class Record:
@@ -236,16 +236,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from the checkpoint in --output, if any")
     add("--data", help="folder with train/ and val/; without it pictures are drawn")
     add("--size", type=int, default=64, help="side of the pictures in pixels (%(default)s)")
-    add("--pictures", type=int, default=32768, help="drawn for training (%(default)s)")
+    add("--pictures", type=int, default=24576, help="drawn for training (%(default)s)")
     add("--held-out", type=int, default=10000, help="drawn for evaluation (%(default)s)")
-    add("--noise", type=float, default=0.2, help="in drawn pictures (%(default)s)")
+    add("--noise", type=float, default=0.15, help="in drawn pictures (%(default)s)")
     add("--workers", type=int, default=4, help="that read the folder (%(default)s)")
     add("--scale", type=float, nargs=2, default=[0.35, 1.0], help="of random crops (folder)")
     add("--crop", type=float, default=0.9, help="share of the centre that is evaluated (folder)")
     add("--auto-augment", help="timm's name of a policy (folder)")
     add("--erasing", type=float, default=0.0, help="probability of random erasing (folder)")
-    add("--epochs", type=int, default=12, help="warm-up included (%(default)s)")
-    add("--batch-size", type=int, default=256, help="for each process (%(default)s)")
+    add("--epochs", type=int, default=14, help="warm-up included (%(default)s)")
+    add("--batch-size", type=int, default=128, help="for each process (%(default)s)")
     add("--opt", default="adamw", help="timm's name of an optimizer (%(default)s)")
     add("--lr", type=float, default=1e-3, help="at its peak (%(default)s)")
     add("--beta2", type=float, default=0.99, help="(%(default)s)")
