@@ -37,7 +37,8 @@ class ConvStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
         x = self.conv3(self.conv2(x) + x)
-        return x.permute(0, 2, 3, 1)
+        # As the norms and linear layers of all blocks read it.
+        return x.permute(0, 2, 3, 1).contiguous()
 
 
 class ConvDownsample(nn.Module):
