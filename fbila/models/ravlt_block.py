@@ -1,0 +1,119 @@
+"""The block of RAVLT, and softmax attention in the place of its linear one.
+
+    x <- x + dwc(x)          x <- x + g_1 attn(norm(x))          x <- x + g_2 ffn(norm(x))
+
+x: `(B, H, W, C)`. dwc is a depthwise 3 x 3 convolution, and there is another one within ffn.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+
+from ..layers import RALA
+from ..layers.axial_rotary import AxialRotary
+from ..layers.gated_picture import GatedPictureAttention
+from ..ops import Rotary
+from ..ops.rotary import rotate
+from .stages import over_grid
+
+# FX cannot follow what it does with sizes.
+register_notrace_module(RALA)
+
+
+@register_notrace_module
+class SoftmaxPictureAttention(GatedPictureAttention):
+    """RALA's layer with softmax attention in it, `(B, C, H, W)` to the same shape."""
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, rotary: Any) -> Tensor:
+        # In the dtype of the tables, float32 at least.
+        q, k = (rotate(t.to(rotary.cos.dtype), rotary).to(v.dtype) for t in (q, k))
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+@register_notrace_module
+class StageRotary(AxialRotary):
+    """The tables of a stage, which its blocks share; `angle` in official checkpoints."""
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str],
+        unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        name = prefix + "angle"
+        unexpected += [key for key in state_dict if key.startswith(prefix) and key != name]
+        if name in state_dict and not self._computes(state_dict[name]):
+            errors.append(
+                f"{name} is not the frequencies of dim={self.dim} and base={self.base}, got the "
+                f"shape {tuple(state_dict[name].shape)}."
+            )
+
+    def _computes(self, angle: Tensor) -> bool:
+        """Whether they are ours, each of them twice, to the digits of bfloat16."""
+        if angle.shape != (self.dim // 2,):
+            return False
+        if angle.is_meta:
+            return True
+        ours = self.base ** -torch.linspace(0, 1, self.dim // 4).repeat_interleave(2)
+        return torch.allclose(ours, angle.float().cpu(), rtol=1e-2, atol=0)
+
+
+class WrappedNorm(nn.Module):
+    """LayerNorm of `(B, H, W, C)`, under its official name."""
+
+    def __init__(self, dim: int, **factory: Any) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+class ConvFeedForward(nn.Module):
+    """`fc2(h + dwc(h))` with `h = gelu(fc1(x))`, all of them convolutions."""
+
+    def __init__(self, dim: int, hidden: int, drop: float, **factory: Any) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, hidden, 1, **factory)
+        self.drop1 = nn.Dropout(drop)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **factory)
+        self.fc2 = nn.Conv2d(hidden, dim, 1, **factory)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop1(F.gelu(self.fc1(x)))
+        return self.drop2(self.fc2(self.dwconv(x) + x))
+
+
+class RAVLTBlock(nn.Module):
+    """One block, `(B, H, W, C)` to the same shape."""
+
+    def __init__(
+        self,
+        attn: nn.Module,
+        dim: int,
+        mlp_ratio: float,
+        layer_scale: float,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.pos = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+        self.norm1 = WrappedNorm(dim, **factory)
+        self.attn = attn
+        self.gamma_1 = nn.Parameter(torch.full((1, dim, 1, 1), layer_scale, **factory))
+        self.norm2 = WrappedNorm(dim, **factory)
+        self.ffn = ConvFeedForward(dim, int(mlp_ratio * dim), proj_drop, **factory)
+        self.gamma_2 = nn.Parameter(torch.full((1, dim, 1, 1), layer_scale, **factory))
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        x = x + over_grid(self.pos, x)
+        x = x + self._scaled(self.gamma_1, over_grid(self.attn, self.norm1(x), rotary))
+        return x + self._scaled(self.gamma_2, over_grid(self.ffn, self.norm2(x)))
+
+    def _scaled(self, gamma: Tensor, x: Tensor) -> Tensor:
+        return self.drop_path(gamma.flatten() * x)
