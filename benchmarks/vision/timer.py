@@ -22,6 +22,7 @@ class GraphTimer(StepTimer):
     def times(self, call: Call) -> list[float]:
         if self.device != "cuda":
             return super().times(call)
+        torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
             self._run(call, 2)
             (estimate,) = self._run(call, 1)
