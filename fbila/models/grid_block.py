@@ -1,0 +1,75 @@
+"""A transformer block around attention over the whole grid.
+
+    x <- x + attn(norm1(x))        x <- x + mlp(norm2(x))
+
+x: `(B, H, W, C)`; H and W are those of the picture at hand.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.layers import DropPath, Mlp, register_notrace_module
+from torch import Tensor, nn
+
+from ..layers import FocusedLinearAttention, PolaLinearAttention
+from ..layers.grid import reduced_size, resize_positions
+
+# They look at numbers of tokens, of which there are none while a graph is traced.
+register_notrace_module(FocusedLinearAttention)
+register_notrace_module(PolaLinearAttention)
+
+
+class GridBlock(nn.Module):
+    """The block of PVT, and that of Swin where one window is the whole grid.
+
+    Args:
+        attn: A layer `(B, N, C)` to `(B, N, C)` that is called with H and W after the tokens.
+        dim: Channels C.
+        mlp_ratio: Width of the hidden layer, in C.
+        proj_drop: Dropout probability in the MLP.
+        drop_path: Probability to leave out either branch, for each picture of a training batch.
+        norm_layer: Makes a norm of C channels.
+    """
+
+    def __init__(
+        self,
+        attn: nn.Module,
+        dim: int,
+        mlp_ratio: float = 4.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.norm1 = norm_layer(dim, **factory)
+        self.attn = attn
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = norm_layer(dim, **factory)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mixes a grid `(B, H, W, C)`."""
+        _, H, W, _ = x.shape
+        x = x.flatten(1, 2)
+        x = x + self.drop_path1(self.attn(self.norm1(x), H, W))
+        x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return x.unflatten(1, (H, W))
+
+    def set_grid_size(self, grid_size: tuple[int, int]) -> None:
+        """Resizes the positions that the layer has learned, for good."""
+        attn: Any = self.attn
+        key_grid = reduced_size(*grid_size, attn.sr_ratio or 1)
+        attn.positional_encoding = resized(attn.positional_encoding, attn.key_grid, key_grid)
+        attn.key_grid = key_grid
+
+
+def resized(table: nn.Parameter, native: tuple[int, int], size: tuple[int, int]) -> nn.Parameter:
+    """The parameter `(1, N, C)` for another grid; itself for its own."""
+    with torch.no_grad():
+        grid = resize_positions(table, native, size)
+    return table if grid is table else nn.Parameter(grid, requires_grad=table.requires_grad)
