@@ -1,6 +1,7 @@
 """timm models of every kind that can be swapped, small enough for a CPU."""
 
 import torch
+from helpers import DEVICE
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from timm.models.pit import PoolingVisionTransformer
@@ -39,7 +40,7 @@ def _made(kind: type[nn.Module], settings: dict) -> nn.Module:
                 parameter.add_(0.1 * torch.randn(parameter.shape))
             elif "attn" in name or name.startswith("head"):
                 parameter.normal_(std=0.3)
-    return model
+    return model if next(model.parameters()).is_meta else model.to(DEVICE)
 
 
 MODELS = {
@@ -66,7 +67,8 @@ MODELS = {
 
 
 def picture(size: int = SIZE, batch: int = 2) -> torch.Tensor:
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+    return x.to(DEVICE)
 
 
 def patches(model: nn.Module, grids: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
@@ -84,4 +86,4 @@ def patches(model: nn.Module, grids: list[tuple[int, int]]) -> dict[str, torch.T
         coords = torch.cartesian_prod(torch.arange(h), torch.arange(w))
         batch["patch_coord"][number, : h * w] = coords
         batch["patch_valid"][number, : h * w] = True
-    return batch
+    return {name: x.to(DEVICE) for name, x in batch.items()}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import DEVICE
 from timm.layers import Attention, AttentionRope, create_rope_embed
 from timm.models.eva import EvaAttention
 from torch import nn
@@ -47,17 +48,20 @@ def layers(variant: str, feature_map: str = "elu1") -> tuple[nn.Module, nn.Modul
     with torch.no_grad():
         for parameter in original.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
+    original.to(DEVICE)
     return original, over(original, LINEAR[kind], feature_map=feature_map)
 
 
 def tokens() -> torch.Tensor:
-    return torch.randn(B, N, C, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(B, N, C, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return x.to(DEVICE)
 
 
 def angles(layer: nn.Module, *front: int) -> torch.Tensor:
     """`(*front, N - prefix, K / 2)`."""
     size = (*front, N - layer.num_prefix_tokens, layer.head_dim // 2)
-    return 3 * torch.rand(size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(2)
+    return 3 * torch.rand(size, dtype=torch.float64, generator=generator).to(DEVICE)
 
 
 def table(layer: nn.Module, turns: torch.Tensor) -> torch.Tensor:
@@ -104,7 +108,7 @@ def by_hand(layer: nn.Module, x, feature_map=None, turns=None, bias=None) -> tor
     q, k, v = projected(layer, x)
     phi = feature_map or (lambda t: torch.where(t > 0, t + 1, t.exp()))
     q, k = phi(q), phi(k)
-    weight = torch.ones(B, N, dtype=x.dtype) if bias is None else bias.exp()
+    weight = x.new_ones(B, N) if bias is None else bias.exp()
     there = (weight > 0).sum(-1)[:, None, None, None]
     denominator = ((q @ k.mT) * weight[:, None, None]).sum(-1, keepdim=True) / there + 1e-6
     if turns is not None:
@@ -153,7 +157,7 @@ def test_rotary_tables_of_every_kind(variant, front):
 def test_masks_and_rotary_together(front):
     original, linear = layers("rope, grouped")
     x, turns = tokens(), angles(original, *front)
-    bias = torch.randn(B, N).double()
+    bias = torch.randn(B, N, device=DEVICE).double()
     bias[0, 7:] = -torch.inf
     actual = linear(x, rope=table(original, turns), attn_mask=bias[:, None, None])
     assert_equal(actual, by_hand(original, x, turns=turns, bias=bias))
@@ -178,16 +182,16 @@ def test_gradients(learned):
 def test_a_hidden_key_is_as_if_absent(variant, form):
     original, linear = layers(variant)
     x = tokens()
-    seen = torch.arange(N) < torch.tensor([[7], [7]])
+    seen = torch.arange(N, device=DEVICE) < torch.full((B, 1), 7, device=DEVICE)
     if form == "bool":
         mask = seen[:, None, None]
     elif form == "shared":  # by all pictures
         mask = seen[:1]
     else:
         least = -torch.inf if form == "infinite" else torch.finfo(torch.float64).min
-        mask = torch.zeros(B, 1, 1, N).double().masked_fill(~seen[:, None, None], least)
+        mask = x.new_zeros(B, 1, 1, N).masked_fill(~seen[:, None, None], least)
     masked = linear(x, attn_mask=mask)
-    bias = torch.zeros(B, N).double().masked_fill(~seen, -torch.inf)
+    bias = x.new_zeros(B, N).masked_fill(~seen, -torch.inf)
     assert_equal(masked, by_hand(original, x, bias=bias))
     assert_equal(masked[:, :7], linear(x[:, :7]))
 
@@ -236,12 +240,12 @@ def test_attention_dropout_is_mentioned(caplog):
         "attn_drop=0.25 has no effect: linear attention has no attention map to drop entries of; "
         "use proj_drop."
     ]
-    assert torch.isfinite(layer.train()(torch.randn(B, N, C))).all()
+    assert torch.isfinite(layer.to(DEVICE).train()(torch.randn(B, N, C, device=DEVICE))).all()
 
 
 def test_dropout_after_the_projection():
-    layer = LinearAttention(C, proj_drop=0.5)
-    x = torch.randn(B, N, C)
+    layer = LinearAttention(C, proj_drop=0.5).to(DEVICE)
+    x = torch.randn(B, N, C, device=DEVICE)
     dropped = layer.train()(x)
     assert 0.3 < (dropped == 0).float().mean() < 0.7
     assert not (layer.eval()(x) == 0).any()
@@ -263,7 +267,7 @@ def test_dropout_after_the_projection():
 def test_a_mask_of_pairs_is_refused(variant, shape, printed):
     _, linear = layers(variant)
     with pytest.raises(AdapterError) as refusal:
-        linear(tokens(), attn_mask=torch.zeros(shape))
+        linear(tokens(), attn_mask=torch.zeros(shape, device=DEVICE))
     assert str(refusal.value) == (
         f"attention_mask {printed} is not a key mask; linear attention can hide keys, not "
         "query-key pairs. A key mask broadcasts from [batch, 1, 1, tokens], as that of NaFlexVit "
@@ -312,7 +316,7 @@ def test_autocast(variant, front):
     original.float()
     x = tokens().float()
     rope = {} if variant == "norms" else {"rope": table(original, angles(original, *front)).float()}
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         half = linear(x, **rope)
     expected = linear(x, **rope)
     assert half.dtype == torch.bfloat16

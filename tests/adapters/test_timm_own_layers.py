@@ -3,6 +3,7 @@
 import backbones
 import pytest
 import torch
+from helpers import DEVICE
 from torch import nn
 from untouched import modules
 
@@ -209,7 +210,7 @@ def test_a_mask_that_the_layer_does_not_take():
         "would ignore."
     )
     with pytest.raises(AdapterError, match="was called with is_causal, which"):
-        model.blocks[0].attn(torch.randn(1, 5, 32), is_causal=True)
+        model.blocks[0].attn(torch.randn(1, 5, 32, device=DEVICE), is_causal=True)
 
 
 def grid_vit(**changes):
@@ -237,7 +238,7 @@ def test_layers_over_a_grid(kind, layout):
     with swap(model, kind):
         module = model.blocks[1].attn
         module.register_forward_hook(lambda _, args, out: own.update(x=args[0], y=out))
-        assert model(torch.randn(2, 3, 32, 48)).isfinite().all()
+        assert model(torch.randn(2, 3, 32, 48, device=DEVICE)).isfinite().all()
         x = own["x"]
         if layout == "tokens":
             expected = module.layer(x, 4, 6)
@@ -250,9 +251,9 @@ def test_layers_over_a_grid(kind, layout):
 def test_another_number_of_tokens_is_a_square():
     model = grid_vit(dynamic_img_size=True)
     swap(model, FocusedLinearAttention)
-    assert model(torch.randn(1, 3, 40, 40)).isfinite().all()
+    assert model(torch.randn(1, 3, 40, 40, device=DEVICE)).isfinite().all()
     with pytest.raises(ValueError, match="for 10 tokens"):
-        model(torch.randn(1, 3, 16, 40))
+        model(torch.randn(1, 3, 16, 40, device=DEVICE))
 
 
 @pytest.mark.parametrize("kind", [FocusedLinearAttention, RALA])

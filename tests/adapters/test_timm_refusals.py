@@ -8,6 +8,7 @@ import backbones
 import pytest
 import timm
 import torch
+from helpers import DEVICE
 from timm.layers import Attention
 from torch import nn
 from untouched import modules
@@ -206,7 +207,7 @@ def test_one_that_was_compiled_by_itself(model):
         ("blocks.0.attn", "was compiled by itself; compile it afterwards")
     ]
     linear = handle.modules["blocks.1.attn"]
-    x = torch.randn(2, 17, 32)
+    x = torch.randn(2, 17, 32, device=DEVICE)
     expected = linear(x)
     linear.compile(backend="eager")
     torch.testing.assert_close(linear(x), expected)

@@ -7,7 +7,7 @@ import backbones
 import pytest
 import timm
 import torch
-from helpers import CUDA
+from helpers import CUDA, DEVICE
 from timm.layers import set_fused_attn
 from timm.models import vision_transformer
 from timm.models._features_fx import create_feature_extractor, get_graph_node_names
@@ -108,7 +108,7 @@ def test_min_tokens_costs_one_more_graph():
     layer, counter = model.blocks[0].attn, CompileCounterWithBackend("eager")
     compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
     for tokens in (8, 12, 14, 15, 24, 40):
-        x = torch.randn(2, tokens, 32)
+        x = torch.randn(2, tokens, 32, device=DEVICE)
         torch.testing.assert_close(predict(compiled, x), predict(layer, x), rtol=0, atol=1e-5)
     assert counter.frame_count == 2
 
@@ -173,7 +173,7 @@ def test_intermediate_features(kind):
 
 
 def test_features_only():
-    model = timm.create_model("test_vit", features_only=True).eval()
+    model = timm.create_model("test_vit", features_only=True).eval().to(DEVICE)
     x = backbones.picture(160, 1)
     with torch.no_grad():
         softmax = model(x)
@@ -206,7 +206,7 @@ def get_types(model):
 def test_another_input_size():
     model = backbones.vit(dynamic_img_size=True)
     swap(model)
-    assert predict(model, torch.randn(1, 3, 40, 88)).isfinite().all()
+    assert predict(model, torch.randn(1, 3, 40, 88, device=DEVICE)).isfinite().all()
     model.set_input_size((64, 64))
     assert predict(model, backbones.picture(64)).isfinite().all()
 
@@ -293,7 +293,7 @@ def test_an_attention_layer_of_timms_constructor():
     class Kernel(LinearAttention):
         feature_map = "relu"
 
-    model = timm.create_model("test_vit", attn_layer=Kernel, num_classes=3).eval()
+    model = timm.create_model("test_vit", attn_layer=Kernel, num_classes=3).eval().to(DEVICE)
     nodes = get_graph_node_names(model)[1]
     x = backbones.picture(160, 1)
     (output,) = predict(create_feature_extractor(model, [nodes[-1]]), x).values()

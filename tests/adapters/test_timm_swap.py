@@ -8,6 +8,7 @@ import backbones
 import pytest
 import timm
 import torch
+from helpers import DEVICE
 from torch import nn
 from untouched import modules
 
@@ -66,7 +67,7 @@ def test_unmounting_restores_everything(model):
 )  # fmt: skip
 def test_models_of_timm(name, swapped):
     torch.manual_seed(0)
-    model = timm.create_model(name).eval()
+    model = timm.create_model(name).eval().to(DEVICE)
     x = backbones.picture(model.pretrained_cfg["input_size"][-1], 1)
     softmax, there = predict(model, x), modules(model)
     with swap(model) as handle:
@@ -118,8 +119,8 @@ def test_weights_load_strictly_either_way(model):
 
 
 def test_weights_load_into_a_model_made_linear():
-    plain = timm.create_model("test_vit")
-    linear = timm.create_model("test_vit", attn_layer=LinearAttention)
+    plain = timm.create_model("test_vit").to(DEVICE)
+    linear = timm.create_model("test_vit", attn_layer=LinearAttention).to(DEVICE)
     linear.load_state_dict(plain.state_dict(), strict=True)
     swap(plain)
     x = backbones.picture(160, 1)
@@ -204,7 +205,7 @@ def test_min_tokens(model):
 def test_the_class_token_counts_as_any_other():
     model = backbones.vit(dynamic_img_size=True)
     swap(model)
-    x = torch.randn(1, 17, 32)
+    x = torch.randn(1, 17, 32, device=DEVICE)
     layer = model.blocks[0].attn
     order = torch.randperm(17)
     torch.testing.assert_close(layer(x)[:, order], layer(x[:, order]), rtol=1e-5, atol=1e-5)
@@ -233,7 +234,7 @@ def test_training_from_the_softmax_weights(model):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     x, losses = backbones.picture(), []
     for _ in range(8):
-        loss = nn.functional.cross_entropy(model(x), torch.tensor([1, 3]))
+        loss = nn.functional.cross_entropy(model(x), torch.tensor([1, 3], device=DEVICE))
         loss.backward()
         assert all(p.grad is not None for p in model.blocks.parameters())
         optimizer.step()
