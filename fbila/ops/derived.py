@@ -49,7 +49,9 @@ def _is(reference: weakref.ref, x: torch.Tensor) -> bool:
 
 def _known(sources: tuple[torch.Tensor, ...]) -> bool:
     """Whether it can be told if they have changed, and what is made of them is there at once."""
-    if not ordinary(*sources) or any(x.requires_grad or x.is_inference() for x in sources):
+    if torch.jit.is_tracing() or not ordinary(*sources):
+        return False
+    if any(x.requires_grad or x.is_inference() for x in sources):
         return False
     # While a CUDA graph is captured nothing is computed yet, and its memory is its own.
     return not (sources[0].is_cuda and torch.cuda.is_current_stream_capturing())

@@ -105,6 +105,14 @@ def test_tracing_sees_it_made():
     assert torch.equal(compiled(x), ones() * 7)
 
 
+@pytest.mark.filterwarnings("ignore:.*jit.trace")
+def test_a_trace_makes_it_too():
+    x = ones()
+    Double(x)()
+    traced = torch.jit.trace(lambda x: Double(x)() + 1, x)
+    assert torch.equal(traced(ones() * 3), ones() * 7)
+
+
 @pytest.mark.gpu
 def test_a_graph_makes_its_own():
     double = Double(ones())
