@@ -5,6 +5,9 @@
 
 import copy
 import hashlib
+import math
+import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -19,26 +22,41 @@ from torch.utils.flop_counter import FlopCounterMode
 Make = Callable[..., nn.Module]
 
 
+def noise(name: str, *shape: int) -> Tensor:
+    """Evenly distributed in (-1, 1), and the same everywhere and forever: integers, hashed."""
+    x = torch.arange(math.prod(shape)) * 2654435761 + zlib.crc32(name.encode())
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    return (x.double() / 2**31 - 1).float().view(shape)
+
+
 def randomize(model: nn.Module) -> nn.Module:
     """Weights and statistics of which each matters, and which differ from block to block."""
-    generator = torch.Generator().manual_seed(0)
     for name, t in model.state_dict().items():
         if t.is_floating_point():
-            noise = torch.randn(t.shape, generator=generator)
-            scale = 1 / max(t[0].numel(), 16) ** 0.5
-            is_scale = t.dim() == 1 and not name.endswith("bias")
-            t.copy_(noise.abs() * scale + 0.5 if is_scale else noise * scale)
+            x = noise(name, *t.shape) * (3 / max(t[:1].numel(), 16)) ** 0.5
+            is_scale = t.dim() == 1 and not name.endswith(("bias", "mean"))
+            t.copy_(x.abs() + 0.5 if is_scale else x)
     return model
 
 
 def pictures(*size: int, channels: int = 3) -> Tensor:
-    return torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(1))
+    return noise("pictures", 2, channels, *size)
+
+
+def assert_answers(model: nn.Module, size: tuple[int, int], official: list[float]) -> None:
+    """The answer is that of the official code with the weights of `randomize`."""
+    with torch.no_grad():
+        answer = randomize(model).eval()(pictures(*size))[0]
+    expected = torch.tensor(official)
+    torch.testing.assert_close(answer, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 def gradients(model: Callable, x: Tensor) -> list[Tensor]:
-    """The answer and the gradients of all parameters of the module `model.parameters`."""
+    """The answer and the gradients of all parameters of the module that are trained."""
     y = model(x)
-    return [y.detach(), *torch.autograd.grad(y.float().square().sum(), model.parameters())]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [y.detach(), *torch.autograd.grad(y.float().square().sum(), trained)]
 
 
 # ---- keys and sizes ----
@@ -98,7 +116,7 @@ def assert_loads(make: Make, official: dict[str, Tensor], folder: Path) -> None:
         torch.save(content, folder / file)
     save_file(official, folder / "model.safetensors")
     for file in [*files, "model.safetensors"]:
-        model = make(checkpoint_path=folder / file if file != "plain.pth" else str(folder / file))
+        model = make(checkpoint_path=folder / file)
         _assert_same_state(model, expected)
     tuned = make(
         pretrained=True, pretrained_cfg_overlay={"file": str(folder / "model.pth")}, num_classes=3
@@ -109,14 +127,26 @@ def assert_loads(make: Make, official: dict[str, Tensor], folder: Path) -> None:
 
 
 def assert_refuses_code(make: Make, official: dict[str, Tensor], folder: Path) -> None:
-    """A file that would run code is not loaded, with one error that says so."""
-    torch.save({"model": official, "config": Foreign()}, folder / "code.pth")
-    with pytest.raises(RuntimeError, match=r"weights_only=True blocked .*contracts\.Foreign"):
-        make(checkpoint_path=str(folder / "code.pth"))
+    """A class of the authors beside the weights is refused with one error that names it.
+
+    A configuration, which is a kind of dict, can be read as a plain one.
+    """
+    file = folder / "configured.pth"
+    configuration = Configuration(model=Configuration(name="tiny"), epochs=300)
+    configuration.frozen = True
+    torch.save({"model": official, "config": configuration}, file)
+    with pytest.raises(RuntimeError, match=r"weights_only=True blocked .*contracts.Configuration"):
+        make(checkpoint_path=file)
+    stand_in = (OrderedDict, "contracts.Configuration")
+    with torch.serialization.safe_globals([stand_in]):
+        model = make(checkpoint_path=file)
+    expected = make()
+    expected.load_state_dict(official)
+    _assert_same_state(model, expected)
 
 
-class Foreign:
-    """A class of the authors, as configurations in checkpoints are."""
+class Configuration(dict):
+    """As yacs has them, in checkpoints of code that goes back to Swin's."""
 
 
 def assert_strict(make: Make, official: dict[str, Tensor]) -> None:
@@ -192,6 +222,16 @@ def assert_compiles(model: nn.Module, *sizes: tuple[int, int]) -> None:
         for ours, theirs in zip(gradients(compiled, x), gradients(model, x), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def assert_compiles_for_one_size(model: nn.Module, size: tuple[int, int]) -> None:
+    """One graph, forward and backward, as `torch.compile` begins with."""
+    randomize(model).eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+    x = pictures(*size)
+    for ours, theirs in zip(gradients(compiled, x), gradients(model, x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max())
 
 
 def assert_traces(model: nn.Module, *sizes: tuple[int, int]) -> None:
@@ -277,5 +317,5 @@ def assert_learning_rate_layers(model: nn.Module) -> None:
     """timm's layer-wise learning rates rise from the stem over the blocks to the head."""
     layers = timm.models.group_parameters(model, model.group_matcher())
     assert sum(len(names) for names in layers.values()) == len(list(model.parameters()))
-    assert all(name.startswith("patch_embed") for name in layers[0])
+    assert all(name.startswith(("patch_embed", "pos_embed")) for name in layers[0])
     assert all(name.startswith("head") for name in layers[max(layers)])

@@ -98,6 +98,11 @@ def test_official_files_load(tmp_path):
         make().load_state_dict(official | {name: official[name] + 0.1})
 
 
+def test_official_answers():
+    official = [-0.816294, 0.453351, -0.432081, 0.119864, 0.464573]
+    contracts.assert_answers(make(), (64, 64), official)
+
+
 def test_features():
     contracts.assert_features(make, 64, 96)
 

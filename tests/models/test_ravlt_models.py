@@ -97,6 +97,11 @@ def test_official_files_load(tmp_path):
         make().load_state_dict(official | {"layers.0.RoPE.other": official[name]})
 
 
+def test_official_answers():
+    official = [-1.19022, -0.49591, 0.029782, -0.218324, 0.532029]
+    contracts.assert_answers(make(), (64, 96), official)
+
+
 def test_features():
     contracts.assert_features(make, 64, 96)
 

@@ -102,6 +102,11 @@ def test_official_files_load(tmp_path):
     contracts.assert_strict(make, official)
 
 
+def test_official_answers():
+    official = [-1.020642, 0.701762, -0.140416, 0.155259, 0.475157]
+    contracts.assert_answers(make(), (64, 96), official)
+
+
 def test_features():
     contracts.assert_features(make, 64, 96)
 
