@@ -172,9 +172,15 @@ class PyramidVisionTransformer(Backbone):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameters in groups by depth, for learning rates by layer."""
-        blocks = r"^(?:patch_embed|pos_embed|block)(\d+)"
-        fine = [(r"^(?:patch_embed|pos_embed)(\d+)", (0,)), (r"^block(\d+)\.(\d+)", None)]
-        return {"stem": r"^(?:patch_embed|pos_embed)1", "blocks": blocks if coarse else fine}
+        stem = r"^(?:patch_embed|pos_embed)1"
+        if coarse:
+            return {"stem": stem, "blocks": r"^(?:patch_embed|pos_embed|block)(\d+)"}
+        blocks = [
+            (r"^(?:patch_embed|pos_embed)(\d+)", (0,)),
+            (r"^block(\d+)\.(\d+)", None),
+            (r"^norm\.", (99999,)),
+        ]
+        return {"stem": stem, "blocks": blocks}
 
 
 def create_pvt(
