@@ -247,7 +247,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=int, default=14, help="warm-up included (%(default)s)")
     add("--batch-size", type=int, default=128, help="for each process (%(default)s)")
     add("--opt", default="adamw", help="timm's name of an optimizer (%(default)s)")
-    add("--lr", type=float, default=1e-3, help="at its peak (%(default)s)")
+    add("--lr", type=float, default=2e-3, help="at its peak (%(default)s)")
     add("--beta2", type=float, default=0.99, help="(%(default)s)")
     add("--warmup-epochs", type=int, default=1, help="(%(default)s)")
     add("--weight-decay", type=float, default=0.05, help="(%(default)s)")

@@ -17,20 +17,23 @@ OPEN = 1.2785
 
 
 class MLLAMixer(nn.Module):
-    """MLLA's layer and what its block has around it, without the convolution before it.
+    """MLLA's layer and what its block has around it.
 
-    u = W_in x          y = W_out (attn(u) * SiLU(W_a x))
+    y = W_out (attn(SiLU(dwc(W_in x))) * SiLU(W_a x))
     """
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.in_proj = nn.Linear(dim, dim)
+        self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.act_proj = nn.Linear(dim, dim)
         self.attn = MLLALinearAttention(dim, num_heads)
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:
-        mixed = self.attn(self.in_proj(x), H, W)
+        u = self.in_proj(x).transpose(1, 2).unflatten(-1, (H, W))
+        u = F.silu(self.dwc(u)).flatten(2).transpose(1, 2)
+        mixed = self.attn(u, H, W)
         return self.out_proj(mixed * F.silu(self.act_proj(x)))
 
 
