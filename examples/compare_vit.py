@@ -53,13 +53,11 @@ def processes(jobs: int) -> Executor:
     return ProcessPoolExecutor(jobs, context, share_cores, (jobs,))
 
 
-def run_all(trainings: list[list[str]], jobs: int, description: str) -> None:
+def run_all(trainings: list[list[str]], pool: Executor, description: str) -> None:
     """Several at a time; the first that fails ends it, after those that run then."""
     left = [words for words in trainings if not (folder_of(words) / "result.json").exists()]
-    if not left:
-        return
     bar = tqdm(total=len(trainings), initial=len(trainings) - len(left), desc=description)
-    with bar, processes(min(jobs, len(left))) as pool:
+    with bar:
         futures = {pool.submit(run_one, words): folder_of(words) for words in left}
         for future in as_completed(futures):
             folder = futures[future]
@@ -144,14 +142,15 @@ def main(arguments: list[str] | None = None) -> dict:
             for name, seed in pairs
         ]
     results: dict = {"command": command, "machine": machine()}
-    for stage, trainings in stages.items():
-        run_all(trainings, args.jobs, stage)
-        found = [json.loads((folder_of(t) / "result.json").read_text()) for t in trainings]
-        results["settings"] = results.get("settings", found[0]["settings"])
-        runs = [{name: run[name] for name in KEPT} for run in found]
-        results[stage] = {"summary": summary(runs), "runs": runs}
-        (args.output / "results.json").write_text(json.dumps(results))
-        print(table(stage, results[stage]["summary"]))
+    with processes(args.jobs) as pool:
+        for stage, trainings in stages.items():
+            run_all(trainings, pool, stage)
+            found = [json.loads((folder_of(t) / "result.json").read_text()) for t in trainings]
+            results["settings"] = results.get("settings", found[0]["settings"])
+            runs = [{name: run[name] for name in KEPT} for run in found]
+            results[stage] = {"summary": summary(runs), "runs": runs}
+            (args.output / "results.json").write_text(json.dumps(results))
+            print(table(stage, results[stage]["summary"]))
     return results
 
 

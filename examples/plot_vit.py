@@ -28,7 +28,8 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 def draw(axis, runs: list[dict], name: str, curve) -> None:
     steps, values = zip(*(curve(run) for run in runs if run["attention"] == name), strict=True)
     values = np.array(values)
-    (line,) = axis.plot(steps[0], values.mean(0), label=name)
+    few = "o" if len(steps[0]) < 40 else ""
+    (line,) = axis.plot(steps[0], values.mean(0), label=name, marker=few, markersize=3)
     axis.fill_between(
         steps[0], values.min(0), values.max(0), color=line.get_color(), alpha=0.2, lw=0
     )

@@ -201,15 +201,14 @@ class TestComparison:
         with Image.open(tmp_path / "curves.png") as picture:
             assert picture.size[0] > 500
 
-    def test_what_is_done_is_not_repeated_and_a_failure_ends_it(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(compare_vit, "processes", ThreadPoolExecutor)
+    def test_what_is_done_is_not_repeated_and_a_failure_ends_it(self, tmp_path):
         words = f"{TINY} --attention softmax --epochs 1 --output {tmp_path}"
         training, failing = f"{words}/one".split(), f"{words}/two --batch-size 64".split()
         with pytest.raises(SystemExit, match=r"two failed: .*fewer training pictures"):
-            compare_vit.run_all([training, failing], 1, "test")
+            compare_vit.run_all([training, failing], ThreadPoolExecutor(1), "test")
         assert "100%" in (tmp_path / "one" / "log.txt").read_text()
         done = (tmp_path / "one" / "result.json").stat().st_mtime_ns
-        compare_vit.run_all([training], 1, "test")
+        compare_vit.run_all([training], ThreadPoolExecutor(1), "test")
         assert (tmp_path / "one" / "result.json").stat().st_mtime_ns == done
 
     def test_summary(self):
