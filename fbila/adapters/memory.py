@@ -17,6 +17,7 @@ from torch.utils import _pytree
 from .diffusers import resolve_model
 from .host import host
 from .memory_blocks import down_block_forward, transformer_block_forward, up_block_forward
+from .memory_convolution import by_rows, convolve, upsample_forward
 from .report import AdapterError
 
 with host("diffusers"):
@@ -29,6 +30,7 @@ with host("diffusers"):
         UpBlock2D,
     )
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+    from diffusers.models.upsampling import Upsample2D
 
 _FORWARDS: dict[type, Callable] = {
     CrossAttnDownBlock2D: down_block_forward,
@@ -69,9 +71,10 @@ def low_memory(model: Any, *, tokens: int = 131072) -> LowMemory:
     """Makes a UNet keep as little as possible in the memory of the GPU, for inference.
 
     Samples of a batch (the two of classifier-free guidance) run one after the other; skip
-    connections wait in pinned memory of the CPU; norms and activations work in place; and
-    transformer blocks go over `tokens` tokens at a time, LinFusion's attention too, whose state is
-    summed over the pieces. Softmax self-attention still takes all tokens at once.
+    connections wait in pinned memory of the CPU; norms and activations work in place; convolutions
+    go over some rows at a time; and transformer blocks over `tokens` tokens, LinFusion's attention
+    too, whose state is summed over the pieces. Softmax self-attention still takes all tokens at
+    once.
 
     Args:
         model: A pipeline with a UNet, or the UNet; with LinFusion mounted or not.
@@ -92,7 +95,7 @@ def low_memory(model: Any, *, tokens: int = 131072) -> LowMemory:
         ...     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
         >>> with low_memory(unet) as mode:
         ...     len(mode.modules)
-        11
+        59
     """
     if tokens < 1:
         raise AdapterError(f"tokens must be positive, got {tokens}.")
@@ -108,12 +111,17 @@ def low_memory(model: Any, *, tokens: int = 131072) -> LowMemory:
     for module in unet.modules():
         if isinstance(module, BasicTransformerBlock) and module.norm_type == "layer_norm":
             forwards[module] = functools.partial(_with_tokens, tokens)
+        elif type(module) is Upsample2D:
+            forwards[module] = upsample_forward
     for module in forwards:
         if "forward" in vars(module):
             raise AdapterError(
                 f"The forward of a {type(module).__name__} has been replaced already, by a hook or "
                 "by low_memory itself. Undo that first."
             )
+    # What others do to a single convolution, such as to cast its weights, is left alone.
+    convolutions = (m for m in unet.modules() if by_rows(m) and "forward" not in vars(m))
+    forwards.update(dict.fromkeys(convolutions, convolve))
     return LowMemory(unet, forwards)
 
 
