@@ -74,6 +74,6 @@ class Fill(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         rows, columns = -x.shape[-2] % size[0], -x.shape[-1] % size[1]
-        # timm computes with the remainders whether or not there are any, in expressions that take
-        # minutes to compile for any size, one within the other as they are from stage to stage.
+        # Not always, as timm does: without a branch, sizes not known beforehand become remainders
+        # within remainders from stage to stage, which take minutes to compile.
         return F.pad(x, (0, columns, 0, rows)) if rows or columns else x

@@ -184,7 +184,7 @@ class PyramidVisionTransformer(Backbone):
 
 
 def create_pvt(
-    variant: str, pretrained: bool, attention: Callable[..., nn.Module], **kwargs: Any
+    variant: str, pretrained: bool, layer: Callable[..., nn.Module], **kwargs: Any
 ) -> PyramidVisionTransformer:
     """PVT as timm makes a model of that name, with features and weights."""
     return build_model_with_cfg(
@@ -193,7 +193,7 @@ def create_pvt(
         pretrained,
         pretrained_filter_fn=fit_positions,
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **{"attention": attention, **kwargs},
+        **{"attention": layer, **kwargs},
     )
 
 

@@ -164,7 +164,7 @@ class SwinTransformer(StagedBackbone):
 
 
 def create_swin(
-    variant: str, pretrained: bool, attention: Callable[..., nn.Module], **kwargs: Any
+    variant: str, pretrained: bool, layer: Callable[..., nn.Module], **kwargs: Any
 ) -> SwinTransformer:
     """Swin as timm makes a model of that name, with linear attention in the first two stages."""
     return build_model_with_cfg(
@@ -173,7 +173,7 @@ def create_swin(
         pretrained,
         pretrained_filter_fn=fit_positions,
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **{"attention": (attention, attention, None, None), **kwargs},
+        **{"attention": (layer, layer, None, None), **kwargs},
     )
 
 

@@ -7,13 +7,36 @@ from timm.layers import register_notrace_module
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition
 from torch import Tensor, nn
 
+from .patches import Fill
+
 
 class WindowBlock(SwinTransformerBlock):
-    """timm's block, which can be traced where the size of pictures is not known beforehand."""
+    """timm's block, `(B, H, W, C)` to the same shape, for pictures of any size.
+
+    timm's computes with remainders of H and W whether or not there are any, which takes minutes to
+    compile where a size is not known beforehand, and makes masks that no graph can be traced of.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.shift_mask = ShiftMask()
+        self.fill = Fill()
+
+    def _attn(self, x: Tensor) -> Tensor:
+        _, H, W, _ = x.shape
+        shifted = any(self.shift_size)
+        if shifted:
+            x = x.roll((-self.shift_size[0], -self.shift_size[1]), (1, 2))
+        x = self.fill(x.permute(0, 3, 1, 2), self.window_size).permute(0, 2, 3, 1)
+        mask = self.get_attn_mask(x) if self.dynamic_mask else self.attn_mask
+        # (B, rows of windows, windows in a row, rows, columns, C)
+        windows = x.unflatten(2, (-1, self.window_size[1])).unflatten(1, (-1, self.window_size[0]))
+        windows = windows.transpose(2, 3)
+        B, rows, columns, _, _, _ = windows.shape
+        y = self.attn(windows.reshape(-1, self.window_area, self.dim), mask)
+        y = y.view(B, rows, columns, *self.window_size, self.dim)
+        y = y.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :H, :W]
+        return y.roll(self.shift_size, (1, 2)) if shifted else y
 
     def get_attn_mask(
         self,

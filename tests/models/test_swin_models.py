@@ -216,8 +216,13 @@ def test_weights_for_another_size(make, tmp_path):
         assert torch.equal(t, model.state_dict()[name]), name
 
 
-def test_compiles():
-    contracts.assert_compiles_for_one_size(MAKE["flatten"](), (64, 64))
+def test_compiles_shifted_windows_of_any_size():
+    model = MAKE["flatten"](attention=(None,), depths=(2,), num_heads=(3,))
+    contracts.assert_compiles(model, (64, 96), (96, 160))
+
+
+def test_compiles_for_one_size():
+    contracts.assert_compiles_for_one_size(MAKE["polaformer"](), (64, 64))
 
 
 @each
