@@ -265,6 +265,20 @@ def assert_checkpoints_gradients(model: nn.Module, *size: int) -> None:
         assert len(calls) == times * len(model.feature_info)
 
 
+def assert_low_precision(model: nn.Module, *size: int) -> None:
+    """In bfloat16, by autocast or throughout, the answer is that of float32 to a few digits."""
+    randomize(model).eval()
+    x = pictures(*size)
+    with torch.no_grad():
+        expected = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            answers = [model(x)]
+        answers.append(model.bfloat16()(x.bfloat16()))
+    for answer in answers:
+        assert answer.dtype == torch.bfloat16
+        assert (answer - expected).norm() <= 0.05 * expected.norm()
+
+
 def assert_classifier(make: Make, *size: int) -> None:
     """Classifiers are replaced, left out, and given what timm says they are given."""
     model = randomize(make()).eval()

@@ -128,6 +128,10 @@ def test_checkpoints_gradients():
     contracts.assert_checkpoints_gradients(make(), 64, 96)
 
 
+def test_low_precision():
+    contracts.assert_low_precision(make(), 64, 96)
+
+
 def test_classifier():
     contracts.assert_classifier(make, 64, 96)
 
