@@ -3,12 +3,16 @@
 Every way is held to the official operations in float32, as `benchmarks.hosts.step` says.
 """
 
-from contextlib import AbstractContextManager
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..hosts import step as hosts
+from ..nearness import precise, relative
 from ..timing import Call
 from .models import HOSTS
 from .rows import WAYS, Row
@@ -29,7 +33,31 @@ class Inference(_Ways, hosts.Inference):
 
 
 class Training(_Ways, hosts.Training):
-    """Of a model: float32 weights, bfloat16 autocast, AdamW."""
+    """Of a model: float32 weights, bfloat16 autocast, AdamW.
+
+    In the gate BatchNorm is an affine map: by the statistics of one picture, gradients in front of
+    it would be next to nothing but rounding, which says nothing about attention. What is compiled
+    is held to eager mode with these statistics, and may differ by as much as they make of rounding.
+    """
+
+    def _result(self, model: nn.Module, inputs: hosts.Inputs, exactly: bool = False) -> Tensor:
+        if not exactly and inputs is self.inputs:
+            return super()._result(model, inputs)
+        with affine_norms(model):
+            return super()._result(model, inputs, exactly)
+
+    def _compiled_bound(self, bound: float) -> float:
+        bound = super()._compiled_bound(bound)
+        if not _batch_norms(self.model):
+            return bound
+        if self._rounding is None:
+            wide = copy.deepcopy(self.model).float()
+            with precise():
+                truth = super()._result(wide, self.single, exactly=True)
+            self._rounding = relative(super()._result(self.model, self.single), truth)
+        return max(bound, 2 * hosts.FACTOR * self._rounding)
+
+    _rounding: float | None = None
 
 
 class ForwardBackward(_Ways, hosts.Inference):
@@ -65,6 +93,24 @@ class ForwardBackward(_Ways, hosts.Inference):
             drawn = torch.randn(y.shape, generator=generator, device=y.device)
             self._weights[key] = drawn.to(y.dtype)
         return self._weights[key]
+
+
+def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+
+@contextmanager
+def affine_norms(model: nn.Module) -> Iterator[None]:
+    norms = [norm for norm in _batch_norms(model) if norm.training]
+    for norm in norms:
+        # Steps of training before have changed them, and use them for nothing.
+        norm.reset_running_stats()
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
 
 
 def make_step(row: Row, device: str) -> hosts.Inference:

@@ -167,6 +167,16 @@ def test_each_turn_starts_from_the_same_weights():
         assert torch.equal(p, was)
 
 
+def test_the_gate_leaves_statistics_of_batches_aside():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)).train()
+    x = torch.randn(2, 3, 4, 4)
+    model(x)
+    with step.affine_norms(model):
+        torch.testing.assert_close(model(x), model[0](x), rtol=1e-4, atol=1e-4)
+    assert model[1].training
+    assert not torch.allclose(model(x), model[0](x), atol=1e-2)
+
+
 def test_list(capsys):
     assert command.main(["--list", "--only", "models/training"]) == 0
     assert len(capsys.readouterr().out.split()) == 8
