@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .apart import WaitingTimer, answer, measure_apart, own_output
 from .machine import describe
 from .results import Results
 
@@ -22,10 +23,19 @@ def parse(name: str, description: str, argv: Sequence[str] | None) -> argparse.N
     add("--output", type=Path, metavar="JSON", help="written after each row")
     add("--resume", action="store_true", help="keep what --output has already")
     add("--seconds", type=float, default=2.0, help="of repeats for each turn (%(default)s)")
+    add("--apart", action="store_true", help="compile the ways of a row in processes, side by side")
+    add("--way", help=argparse.SUPPRESS)
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny models, to try it out")
     args = parser.parse_args(argv)
     args.name = name
+    args.answers = own_output() if args.way else None
     return args
+
+
+def timer_of(args: argparse.Namespace, kind: type) -> Any:
+    """A timer of this kind with the budget that was asked for."""
+    timer = kind(args.device, args.seconds * 1e3)
+    return WaitingTimer(timer, args.answers) if args.way else timer
 
 
 def run(
@@ -47,11 +57,16 @@ def run(
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit(f"{args.name} needs a CUDA device.")
+    if args.way:
+        (row,) = (row for row in rows if row.name == args.only[0])
+        answer(args.way, row, measure, args.answers)
+        return 0
     machine = {**describe(), library: version(library), "device": args.device}
     results = Results(machine, args.output, resume=args.resume)
     # tqdm's own line stays below what is written.
     for row in tqdm([row for row in rows if row.name not in results.cases]):
-        record = measure(row)
+        compiles = args.apart and row.mode != "eager"
+        record = measure_apart(row, args) if compiles else measure(row)
         results.add(row.name, record)
         tqdm.write("\n".join(lines(row.name, record)))
     print(summary(results.cases))

@@ -61,17 +61,21 @@ def measure_subject(row: Any, timer: StepTimer, make: Callable[[], Subject]) -> 
     "attentions" has by name what was measured, or why not: "skipped", "absent", "out_of_memory",
     "wrong" or "failed", with words. No more than one of them fails with it.
     """
-    record = {"case": asdict(row), "status": "measured"}
     try:
         subject = make()
-        outcomes = _take_turns(row, subject, timer)
-        if subject.missing:
-            record["missing_reference"] = subject.missing
+        return record_of(row, _take_turns(row, subject, timer), subject.missing)
     except Exception as error:
         traceback.print_exc()
-        return record | {"status": "failed", "reason": first_line(error)}
+        return {"case": asdict(row), "status": "failed", "reason": first_line(error)}
     finally:
         free()
+
+
+def record_of(row: Any, outcomes: dict[str, dict], missing: str | None) -> dict:
+    """The record of `row` with these outcomes by way."""
+    record = {"case": asdict(row), "status": "measured"}
+    if missing:
+        record["missing_reference"] = missing
     for status in BAD:
         reasons = [f"{name}: {o[status]}" for name, o in outcomes.items() if status in o]
         if reasons:

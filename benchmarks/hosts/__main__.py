@@ -21,10 +21,11 @@ def main(
     argv: list[str] | None = None,
     all_rows: Sequence[Row] = ROWS,
     tiny_rows: Sequence[Row] = TINY_ROWS,
+    name: str = "benchmarks.hosts",
 ) -> int:
-    args = command.parse("benchmarks.hosts", __doc__.splitlines()[0], argv)
+    args = command.parse(name, __doc__.splitlines()[0], argv)
     rows = select(tiny_rows if args.device == "cpu" else all_rows, args.only)
-    timer = StepTimer(args.device, args.seconds * 1e3)
+    timer = command.timer_of(args, StepTimer)
 
     def measure(row: Row) -> dict:
         return measure_subject(row, timer, lambda: make_step(row, args.device))

@@ -10,7 +10,7 @@ from .linear_rows import LINEAR_ROWS, TINY_LINEAR_ROWS
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run(argv, LINEAR_ROWS, TINY_LINEAR_ROWS)
+    return run(argv, LINEAR_ROWS, TINY_LINEAR_ROWS, "benchmarks.hosts.linear")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = select(TINY_ROWS if args.device == "cpu" else ROWS, args.only)
     # diffusers warns that a UNet in float16 has no layers to be kept in float32.
     logging.set_verbosity_error()
-    timer, gate = StepTimer(args.device, args.seconds * 1e3), Gate()
+    timer, gate = command.timer_of(args, StepTimer), Gate()
     return command.run(
         args, rows, "diffusers", lambda row: measure(row, timer, gate), lines, summary
     )

@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     args = command.parse("benchmarks.vision", __doc__.splitlines()[0], argv)
     rows = select(TINY_ROWS if args.device == "cpu" else ROWS, args.only)
     timers = {"models": StepTimer, "layers": GraphTimer}
-    timers = {part: kind(args.device, args.seconds * 1e3) for part, kind in timers.items()}
+    timers = {part: command.timer_of(args, kind) for part, kind in timers.items()}
 
     def measure(row: Row) -> dict:
         return measure_subject(row, timers[row.part], lambda: make_step(row, args.device))

@@ -1,0 +1,94 @@
+"""Ways to compute a row in processes of their own: compiled side by side, then timed one by one.
+
+A compiler works on one core for a minute and more, and leaves a process slower than it found it. A
+process measures its row with one way alone: it says that it is ready once that is compiled, waits
+for a line on its standard input, measures, and answers with the record.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TextIO
+
+import torch
+
+from .timing import Call
+from .turns import record_of
+
+READY = "ready"
+
+
+class WaitingTimer:
+    """A timer that measures when it is told to."""
+
+    def __init__(self, timer: Any, answers: TextIO) -> None:
+        self.timer, self.answers, self.device = timer, answers, timer.device
+        self.told = False
+
+    def times(self, call: Call) -> list[float]:
+        if not self.told:
+            self._wait(call)
+        return self.timer.times(call)
+
+    def _wait(self, call: Call) -> None:
+        # What is new is compiled now, or captured.
+        for _ in range(3):
+            call()
+        if self.device == "cuda":
+            # The others need the memory as well.
+            torch.cuda.empty_cache()
+        print(READY, file=self.answers)
+        sys.stdin.readline()
+        self.told = True
+
+    def peak_bytes(self, call: Call) -> int | None:
+        return self.timer.peak_bytes(call)
+
+
+def answer(way: str, row: Any, measure: Callable[[Any], dict], answers: TextIO) -> None:
+    """The child's part: measures `row` with one way alone, and prints the record."""
+    alone = replace(row, attentions=(way,), skipped={}, goals=())
+    print(json.dumps(measure(alone)), file=answers)
+
+
+def own_output() -> TextIO:
+    """Standard output, of which nothing else that prints has a part from now on."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return answers
+
+
+def measure_apart(row: Any, args: Namespace) -> dict:
+    """The record of `row`, each of whose ways has a process."""
+    outcomes: dict[str, dict] = {name: {"skipped": why} for name, why in row.skipped.items()}
+    missing = None
+    children = {way: _start(row, way, args) for way in row.attentions}
+    try:
+        # All are compiled before the first is timed.
+        first = {way: child.stdout.readline() for way, child in children.items()}
+        for way, child in children.items():
+            line = first[way]
+            if line.strip() == READY:
+                child.stdin.write("\n")
+                child.stdin.flush()
+                line = child.stdout.readline()
+            # Before it is gone, its memory is not free for the next.
+            status = child.wait()
+            record = json.loads(line) if line else {}
+            reason = record.get("reason", f"its process ended with status {status}")
+            outcomes[way] = record.get("attentions", {}).get(way, {"failed": reason})
+            missing = missing or record.get("missing_reference")
+    finally:
+        for child in children.values():
+            child.kill()
+    return record_of(row, outcomes, missing)
+
+
+def _start(row: Any, way: str, args: Namespace) -> Any:
+    options = ("--device", args.device, "--seconds", str(args.seconds))
+    command = (sys.executable, "-m", args.name, "--only", row.name, "--way", way, *options)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

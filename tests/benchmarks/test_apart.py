@@ -1,0 +1,34 @@
+"""Ways in processes of their own make the record that one process would make."""
+
+import argparse
+from dataclasses import replace
+
+from benchmarks.apart import measure_apart
+from benchmarks.unet.goals import Goal
+from benchmarks.unet.rows import TINY_ROWS, select
+
+
+def test_each_way_has_a_process(capfd):
+    (row,) = select(TINY_ROWS, ["eager/tiny/64"])
+    args = argparse.Namespace(name="benchmarks.unet", device="cpu", seconds=0.0)
+    goals = (Goal("official", "nothing", 1.0),)
+    row = replace(row, attentions=("official", "nothing"), skipped={"sdpa": "slow"}, goals=goals)
+    record = measure_apart(row, args)
+    assert record["case"]["attentions"] == ("official", "nothing")
+    official, nothing, skipped = (record["attentions"][n] for n in ("official", "nothing", "sdpa"))
+    assert 0 < official["ms_20"] <= official["ms"] <= official["ms_80"]
+    assert official["errors"]["official"] == 0
+    # It says why, beside what it printed itself.
+    assert nothing == {"failed": "KeyError: 'nothing'"}
+    assert "Traceback" in capfd.readouterr().err
+    assert skipped == {"skipped": "slow"}
+    assert record["status"] == "failed" and "nothing" in record["reason"]
+    assert record["goals"][0]["over"] is None
+
+
+def test_a_process_that_dies_is_a_failure():
+    (row,) = select(TINY_ROWS, ["eager/tiny/64"])
+    args = argparse.Namespace(name="benchmarks.nowhere", device="cpu", seconds=0.0)
+    record = measure_apart(replace(row, attentions=("official",), goals=()), args)
+    assert record["attentions"]["official"] == {"failed": "its process ended with status 1"}
+    assert record["status"] == "failed"
