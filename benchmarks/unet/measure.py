@@ -10,5 +10,5 @@ from .training import Training
 
 def measure(row: Row, timer: StepTimer, gate: Gate) -> dict:
     """The record of `row`, see `measure_subject`."""
-    kind = Training if row.mode == "train" else Inference
+    kind = Training if row.mode.startswith("train") else Inference
     return measure_subject(row, timer, lambda: kind(row, timer.device, gate))

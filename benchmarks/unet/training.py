@@ -25,7 +25,7 @@ class Training:
     missing = None
 
     def __init__(self, row: Row, device: str, gate: Gate) -> None:
-        self.device = device
+        self.device, self.captured = device, row.mode == "train-graph" and device == "cuda"
         # So that its weights, and those of the layers, are the same numbers in float32.
         unet = make_unet(row.unet, device, torch.bfloat16).to(memory_format=torch.channels_last)
         self.attentions = Attentions(unet, UNETS[row.unet].mid_dim_scale)
@@ -45,7 +45,9 @@ class Training:
         with self._training(name), _faster_convolutions():
             error = relative(self._gradients(name), self.exact)
             require("error of the gradients against float32", error, self.bound)
-            yield self._step(name), {"float32": error, "float32_bound": self.bound}
+            step = self._step(name)
+            call = _replayed(step) if self.captured else step
+            yield call, {"float32": error, "float32_bound": self.bound}
 
     @contextmanager
     def _training(self, name: str) -> Iterator[None]:
@@ -69,6 +71,7 @@ class Training:
             betas=(0.9, 0.99),
             weight_decay=0.0,
             fused=self.device == "cuda",
+            capturable=self.captured,
         )
 
         def step() -> Tensor:
@@ -83,7 +86,9 @@ class Training:
 
     def _loss(self, name: str, inputs: dict, autocast: bool = True) -> Tensor:
         unet: Callable = self.attentions.unet
-        with torch.autocast(self.device, torch.bfloat16, enabled=autocast):
+        # What autocast keeps for the next use would not be there in a replay.
+        options = {"enabled": autocast, "cache_enabled": not self.captured}
+        with torch.autocast(self.device, torch.bfloat16, **options):
             with torch.no_grad(), self.attentions.softmax(name):
                 teacher = unet(**inputs, return_dict=False)[0]
             student = unet(**inputs, return_dict=False)[0]
@@ -94,6 +99,25 @@ class Training:
         parameters = list(self.attentions.layers(name).parameters())
         gradients = torch.autograd.grad(self._loss(name, self.single, autocast), parameters)
         return torch.cat([x.flatten() for x in gradients])
+
+
+def _replayed(step: Call) -> Call:
+    """A replay of `step`, captured when it is warm, as PyTorch's notes on CUDA graphs have it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return loss
+
+    return replay
 
 
 @contextmanager

@@ -96,7 +96,11 @@ def test_without_a_gpu_it_ends_in_one_line(monkeypatch):
 def test_list(capsys):
     assert command.main(["--list", "--only", "train", "16k/eager"]) == 0
     names = capsys.readouterr().out.split()
-    assert names == ["16k/eager/sd15/8192", "16k/eager/sd15/16384", "train/sd15/512"]
+    assert names == [
+        "16k/eager/sd15/8192",
+        "16k/eager/sd15/16384",
+        *(f"train/{way}sd15/512" for way in ("", "graph/")),
+    ]
 
 
 def test_no_such_row():
@@ -118,9 +122,9 @@ def test_resume_keeps_rows(result, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(command, "measure", instead)
     assert run(path, "--resume", "--only", "eager", "train") == 0
-    assert done == ["eager/tiny/128", "train/tiny/64"]
+    assert done == ["eager/tiny/128", "train/tiny/64", "train/graph/tiny/64"]
     assert read(path)["cases"][kept] == content["cases"][kept]
-    assert "3 measured" in capsys.readouterr().out
+    assert "4 measured" in capsys.readouterr().out
 
 
 def failing(monkeypatch, name, error):

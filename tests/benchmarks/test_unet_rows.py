@@ -28,6 +28,7 @@ GOALS = {
     "16k/eager/sd15/8192": ("fbila fused blocks", "official", 0.65),
     "16k/eager/sd15/16384": ("fbila fused blocks", "official", 0.65),
     "train/sd15/512": ("fbila fused blocks", "official", 0.85),
+    "train/graph/sd15/512": ("fbila fused blocks", "official", 0.85),
 }
 
 
@@ -83,7 +84,11 @@ def test_batches_and_modes():
 def test_select():
     assert select(ROWS) == list(ROWS)
     names = [row.name for row in select(ROWS, ["train", "eager/sdxl"])]
-    assert names == [*(f"eager/sdxl/{px}" for px in (1024, 2048, 4096)), "train/sd15/512"]
+    assert names == [
+        *(f"eager/sdxl/{px}" for px in (1024, 2048, 4096)),
+        "train/sd15/512",
+        "train/graph/sd15/512",
+    ]
     assert select(ROWS, ["nothing"]) == []
 
 
