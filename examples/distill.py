@@ -33,6 +33,8 @@ try:
     from accelerate.utils import broadcast, set_seed
     from diffusers import DDPMScheduler
     from diffusers.training_utils import EMAModel
+
+    from fbila.adapters import fused_blocks
 except ImportError as error:
     raise SystemExit(f"{error}. This example needs: pip install fbila[train]") from error
 
@@ -180,6 +182,9 @@ def train(accelerator: Accelerator, args: argparse.Namespace) -> None:
         mid_dim_scale=None if args.start_from else args.mid_dim_scale,
     )
     linfusion.requires_grad_(True)
+    if device.type == "cuda":
+        # Teacher and student alike: what is frozen around attention, by fewer kernels.
+        fused_blocks(unet)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         unet.train()
