@@ -67,7 +67,8 @@ def run(
     for row in tqdm([row for row in rows if row.name not in results.cases]):
         compiles = args.apart and row.mode != "eager"
         record = measure_apart(row, args) if compiles else measure(row)
-        results.add(row.name, record)
+        # Rows of several runs may come to be in one file.
+        results.add(row.name, record | {"sources": machine["sources"]})
         tqdm.write("\n".join(lines(row.name, record)))
     print(summary(results.cases))
     return 1 if results.bad() else 0
