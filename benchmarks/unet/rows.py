@@ -84,6 +84,7 @@ def _compiled() -> list[Row]:
         Row("compiled", "sd15", 2048, mode="default", **longer),
         Row("compiled", "sd15", 4096, mode="default", **{**longer, **slow}),
         Row("reduce-overhead", "sd15", 512, mode="reduce-overhead", **at_512),
+        Row("reduce-overhead", "sd15", 1024, mode="reduce-overhead", **longer),
         # For the plot.
         *(
             Row("compiled", "sdxl", px, mode="default", attentions=COMPILED)

@@ -25,6 +25,7 @@ GOALS = {
     "compiled/sd15/2048": ("fbila fused", "official", 0.85),
     "compiled/sd15/4096": ("fbila fused", "official", 0.85),
     "reduce-overhead/sd15/512": ("fbila fused", "sdpa", 1.0),
+    "reduce-overhead/sd15/1024": ("fbila fused", "official", 0.85),
     "16k/eager/sd15/8192": ("fbila fused blocks", "official", 0.65),
     "16k/eager/sd15/16384": ("fbila fused blocks", "official", 0.65),
     "train/sd15/512": ("fbila fused blocks", "official", 0.85),
