@@ -10,8 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fbila import linear_attn
-from fbila.adapters import timm_rope
-from fbila.adapters.timm import swap
+from fbila.adapters.timm import rope, swap
 
 # timm draws weights under which attention is next to uniform: then hardly any mistake in it shows.
 GAIN = 4.0
@@ -39,13 +38,13 @@ def linear(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def eager_linear(model: nn.Module) -> Iterator[None]:
     """The same by PyTorch's own operations."""
-    kernels = timm_rope.linear_attn
-    timm_rope.linear_attn = partial(linear_attn, impl="reference")
+    kernels = rope.linear_attn
+    rope.linear_attn = partial(linear_attn, impl="reference")
     try:
         with swap(model):
             yield
     finally:
-        timm_rope.linear_attn = kernels
+        rope.linear_attn = kernels
 
 
 @torch.no_grad()

@@ -11,10 +11,10 @@ from .swap import SwapHandle, get_handle, unswap
 
 if TYPE_CHECKING:
     from .acceleration import accelerate
-    from .blocks import fused_blocks
     from .diffusers import plan
     from .linfusion import LinFusion
-    from .memory import low_memory
+    from .unet.blocks import fused_blocks
+    from .unet.memory import low_memory
 
 __all__ = [
     "AdapterError",
@@ -42,11 +42,11 @@ def __getattr__(name: str) -> Any:
 
         return accelerate
     if name == "fused_blocks":
-        from .blocks import fused_blocks
+        from .unet.blocks import fused_blocks
 
         return fused_blocks
     if name == "low_memory":
-        from .memory import low_memory
+        from .unet.memory import low_memory
 
         return low_memory
     if name == "plan":

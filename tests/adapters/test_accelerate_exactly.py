@@ -22,7 +22,7 @@ from timm.models.efficientvit_mit import LiteMLA
 from torch import Tensor, nn
 
 import fbila
-from fbila.adapters import relu_attention
+from fbila.adapters.acceleration import relu_attention
 from fbila.ops import functional, repeated
 
 

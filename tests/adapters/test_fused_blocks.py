@@ -22,8 +22,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from untouched import untouched
 
-from fbila.adapters import AdapterError, block_checks, block_forwards, fused_blocks, low_memory
-from fbila.adapters.blocks import FusedBlocks
+from fbila.adapters import AdapterError, fused_blocks, low_memory
+from fbila.adapters.unet import block_checks, block_forwards
+from fbila.adapters.unet.blocks import FusedBlocks
 from fbila.ops import add_bias_library, geglu_library, group_norm_library, norm_library
 
 LIBRARIES = {

@@ -12,7 +12,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from untouched import untouched
 
 from fbila import LinFusion
-from fbila.adapters import AdapterError, block_checks, low_memory, memory_blocks
+from fbila.adapters import AdapterError, low_memory
+from fbila.adapters.unet import block_checks, memory_blocks
 from fbila.ops import group_norm_library
 
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fbila import LinFusion
-from fbila.adapters import low_memory, memory_convolution
-from fbila.adapters.memory_convolution import by_rows, convolve
+from fbila.adapters import low_memory
+from fbila.adapters.unet import memory_convolution
+from fbila.adapters.unet.memory_convolution import by_rows, convolve
 
 
 @pytest.fixture(autouse=True)

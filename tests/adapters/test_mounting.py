@@ -13,7 +13,7 @@ from untouched import modules, untouched
 
 from fbila import LinFusion
 from fbila.adapters import AdapterError, get_handle, swap, unswap
-from fbila.adapters.unet_attention import LinFusionAttention
+from fbila.adapters.linfusion.attention import LinFusionAttention
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1"
 

@@ -15,7 +15,7 @@ from untouched import modules
 
 from fbila import LinFusion
 from fbila.adapters import get_handle
-from fbila.adapters.unet_attention import LinFusionAttention
+from fbila.adapters.linfusion.attention import LinFusionAttention
 
 IMAGE_TOKENS, IMAGE_DIM = 4, 16
 

@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from fbila.adapters import AdapterError, plan
-from fbila.adapters.linfusion_weights import find_weights
+from fbila.adapters.linfusion.weights import find_weights
 
 SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}
 SD21 = {

@@ -11,7 +11,8 @@ from helpers import DEVICE
 from linear_models import CASES
 
 import fbila
-from fbila.adapters import sana_video, timm_rope
+from fbila.adapters.acceleration import sana_video
+from fbila.adapters.timm import rope as timm_rope
 from fbila.adapters.timm import swap
 from fbila.ops import kernel_inputs
 

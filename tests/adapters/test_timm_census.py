@@ -12,7 +12,7 @@ from timm.models.eva import EvaAttention
 from torch import nn
 
 from fbila.adapters.timm import LinearAttention, plan, swap
-from fbila.adapters.timm_attention import LINEAR
+from fbila.adapters.timm.attention import LINEAR
 
 CLASSES = (Attention, AttentionRope, EvaAttention)
 # As timm 1.0.31 has them; later ones may have more.

@@ -8,10 +8,11 @@ from timm.layers import Attention, AttentionRope, create_rope_embed
 from timm.models.eva import EvaAttention
 from torch import nn
 
-from fbila.adapters import AdapterError, timm_rope
+from fbila.adapters import AdapterError
 from fbila.adapters.shared import over
 from fbila.adapters.timm import LinearAttention
-from fbila.adapters.timm_attention import LINEAR
+from fbila.adapters.timm import rope as timm_rope
+from fbila.adapters.timm.attention import LINEAR
 
 B, N, C, H = 2, 11, 32, 4
 

@@ -16,8 +16,9 @@ from timm.utils import AttentionExtract
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fbila import linear_attn, simple_la
-from fbila.adapters import AdapterError, timm_rope
+from fbila.adapters import AdapterError
 from fbila.adapters.timm import LinearAttention, register, swap
+from fbila.adapters.timm import rope as timm_rope
 
 CPP_COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
 KINDS = ["vit", "prefix", "norms", "eva", "rope, halves", "rope, learned", "rope, grouped"]

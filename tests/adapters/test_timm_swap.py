@@ -12,10 +12,11 @@ from helpers import DEVICE
 from torch import nn
 from untouched import modules
 
-from fbila.adapters import AdapterError, get_handle, timm_attention, unswap
+from fbila.adapters import AdapterError, get_handle, unswap
 from fbila.adapters import timm as adapter
 from fbila.adapters.timm import LinearAttention, plan, swap
-from fbila.adapters.timm_attention import LINEAR
+from fbila.adapters.timm import attention as timm_attention
+from fbila.adapters.timm.attention import LINEAR
 
 each = pytest.mark.parametrize(
     "model", backbones.MODELS.values(), ids=backbones.MODELS, indirect=True

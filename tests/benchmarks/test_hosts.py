@@ -17,7 +17,7 @@ from benchmarks.turns import measure_subject
 from benchmarks.unet.goals import Goal
 from benchmarks.unet.timer import StepTimer
 from fbila import linear_attn
-from fbila.adapters import timm_rope
+from fbila.adapters.timm import rope
 
 EACH = pytest.mark.parametrize("row", (*ROWS, *TINY_ROWS), ids=lambda row: row.name)
 
@@ -107,7 +107,7 @@ def test_a_mistake_has_no_time(kind, mistake, monkeypatch):
         return linear_attn(q, k, v, **{**options, "eps": 10.0})
 
     # The reference puts its own in the place of this.
-    monkeypatch.setattr(timm_rope, "linear_attn", wrong)
+    monkeypatch.setattr(rope, "linear_attn", wrong)
     record = measured(tiny(f"{kind}/eager/tiny/64"))
     assert record["status"] == "wrong"
     assert "wrong" in record["attentions"]["linear"]

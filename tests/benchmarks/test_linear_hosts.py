@@ -9,7 +9,7 @@ from benchmarks.hosts.linear_models import draw_sana_tokens, draw_sana_video
 from benchmarks.hosts.linear_rows import LINEAR_ROWS, TINY_LINEAR_ROWS
 from benchmarks.hosts.models import HOSTS
 from benchmarks.results import read
-from fbila.adapters import relu_attention
+from fbila.adapters.acceleration import relu_attention
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from ..ops import linear_attn
-from ..ops.layout import is_channels_first
+from ...ops import linear_attn
+from ...ops.layout import is_channels_first
 
 
 def relu_attention(

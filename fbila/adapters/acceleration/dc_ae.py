@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .host import host
+from ..host import host
 from .relu_attention import attend_picture, join_heads, why_not_relu
 from .sana import why_not_processor
 

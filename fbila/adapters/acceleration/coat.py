@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ops import simple_la
-from .host import host
+from ...ops import simple_la
+from ..host import host
 
 with host("timm"):
     from timm.models.coat import FactorAttnConvRelPosEnc

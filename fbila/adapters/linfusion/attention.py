@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import GeneralizedLinearAttention
-from ..layers.linfusion import nonlinear_projection
-from .host import host
-from .processors import is_softmax
-from .report import AdapterError
+from ...layers import GeneralizedLinearAttention
+from ...layers.linfusion import nonlinear_projection
+from ..host import host
+from ..processors import is_softmax
+from ..report import AdapterError
 
 with host("diffusers"):
     from diffusers.models.attention_processor import Attention

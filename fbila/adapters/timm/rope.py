@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import Rotary, linear_attn, simple_la
-from ..ops.derived import derived
-from ..ops.feature_maps import FEATURE_MAPS
-from ..ops.rotary import rotate
+from ...ops import Rotary, linear_attn, simple_la
+from ...ops.derived import derived
+from ...ops.feature_maps import FEATURE_MAPS
+from ...ops.rotary import rotate
 
 EPS = 1e-6
 

@@ -13,6 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from ..diffusers import resolve_model
+from ..host import host
+from ..report import AdapterError
 from .block_forwards import (
     GEGLU,
     FusedGEGLU,
@@ -23,9 +26,6 @@ from .block_forwards import (
     ResnetBlock2D,
     Transformer2DModel,
 )
-from .diffusers import resolve_model
-from .host import host
-from .report import AdapterError
 
 with host("diffusers"):
     from diffusers import UNet2DConditionModel

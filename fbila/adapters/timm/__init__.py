@@ -12,15 +12,15 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..ops.feature_maps import FEATURE_MAPS
-from .host import host
+from ...ops.feature_maps import FEATURE_MAPS
+from ..host import host
+from ..report import AdapterError, SwapReport, require_match
+from ..selection import Selection, Selector
+from ..shared import over, replacements
+from ..swap import SwapHandle, get_handle, swap_modules, unwrap
+from .attention import LINEAR, LinearAttention, warn_of_dropout
+from .found import Choice, find, settings_of, spec_of
 from .own_layer import AttentionSpec, make_layer
-from .report import AdapterError, SwapReport, require_match
-from .selection import Selection, Selector
-from .shared import over, replacements
-from .swap import SwapHandle, get_handle, swap_modules, unwrap
-from .timm_attention import LINEAR, LinearAttention, warn_of_dropout
-from .timm_found import Choice, find, settings_of, spec_of
 
 with host("timm"):
     from timm.models import vision_transformer

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ops.derived import derived
-from .host import host
+from ...ops.derived import derived
+from ..host import host
 from .sana import FastSanaAttention, mix, why_not_processor
 
 with host("diffusers"):

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from ..ops.tensor_checks import MAX_HEAD_DIM
-from .report import AdapterError, Entry, SwapReport, require_match
-from .selection import Selection, Selector
-from .shared import over, replacements, why_not_replaced
-from .swap import SwapHandle, swap_modules, unwrap
+from ...ops.tensor_checks import MAX_HEAD_DIM
+from ..report import AdapterError, Entry, SwapReport, require_match
+from ..selection import Selection, Selector
+from ..shared import over, replacements, why_not_replaced
+from ..swap import SwapHandle, swap_modules, unwrap
 
 # Where a host has a linear attention, and what computes it here. A model with one has imported it.
 _FAST = (

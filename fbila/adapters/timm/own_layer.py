@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers.grid import as_grid, as_tokens, grid_of
-from .report import AdapterError
+from ...layers.grid import as_grid, as_tokens, grid_of
+from ..report import AdapterError
 
 
 @dataclass(frozen=True)

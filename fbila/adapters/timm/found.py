@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from ..ops.feature_maps import feature_dim
-from ..ops.tensor_checks import MAX_HEAD_DIM
+from ...ops.feature_maps import feature_dim
+from ...ops.tensor_checks import MAX_HEAD_DIM
+from ..report import Entry, SwapReport
+from ..selection import Selection
+from ..shared import why_not_replaced
+from .attention import LINEAR, TakesRope
+from .classes import why_not_of_class
 from .own_layer import AttentionSpec, OwnLayer
-from .report import Entry, SwapReport
-from .selection import Selection
-from .shared import why_not_replaced
-from .timm_attention import LINEAR, TakesRope
-from .timm_classes import why_not_of_class
 
 # The name of a feature map, a layer class, or what makes a layer for a place.
 Choice = str | type[nn.Module] | Callable[[AttentionSpec], nn.Module]

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
-from .diffusers import resolve_model
-from .host import host
+from ..diffusers import resolve_model
+from ..host import host
+from ..report import AdapterError
 from .memory_blocks import down_block_forward, transformer_block_forward, up_block_forward
 from .memory_convolution import by_rows, convolve, upsample_forward
-from .report import AdapterError
 
 with host("diffusers"):
     from diffusers import UNet2DConditionModel

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ops.autocast import without_autocast
-from .host import host
+from ...ops.autocast import without_autocast
+from ..host import host
 from .relu_attention import attend_picture, join_heads, why_not_relu
 
 with host("timm"):

@@ -7,7 +7,7 @@ the key's weight by exp(b_j), in linear attention as in softmax, and -inf takes 
 import torch
 from torch import Tensor
 
-from .report import AdapterError
+from ..report import AdapterError
 
 # At and below it exp is 0 in every dtype; timm hides keys by the least number of the dtype.
 _HIDDEN = -1e4

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .report import AdapterError, SwapReport
+from ..report import AdapterError, SwapReport
 
 # (cross_attention_dim, dim of each spatial attn1 -> how many) of the UNets with published weights.
 _SD_DIMS = {320: 5, 640: 5, 1280: 6}

@@ -17,16 +17,16 @@ from typing import Any
 
 from torch import nn
 
-from .carry import require_carriable
-from .diffusers import plan, resolve_model
-from .hooks import casting, placement
-from .host import host
-from .linfusion_checks import require_fit, require_fusible, require_usable
-from .linfusion_weights import find_weights
-from .lora import own_parameters, tuners, unfused, without_tuners
-from .report import AdapterError, LayerDrift, SwapReport, require_match
-from .swap import SwapHandle, get_handle, swap_modules
-from .unet_attention import LinFusionAttention
+from ..carry import require_carriable
+from ..diffusers import plan, resolve_model
+from ..hooks import casting, placement
+from ..host import host
+from ..lora import own_parameters, tuners, unfused, without_tuners
+from ..report import AdapterError, LayerDrift, SwapReport, require_match
+from ..swap import SwapHandle, get_handle, swap_modules
+from .attention import LinFusionAttention
+from .checks import require_fit, require_fusible, require_usable
+from .weights import find_weights
 
 with host("diffusers"):
     from diffusers import ConfigMixin, ModelMixin

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers.linfusion import attend_in_chunks
-from ..ops.group_norm_library import group_norm, group_norm_
-from ..ops.memory_format import is_channels_last
+from ...layers.linfusion import attend_in_chunks
+from ...ops.group_norm_library import group_norm, group_norm_
+from ...ops.memory_format import is_channels_last
+from ..linfusion.attention import LinFusionAttention
+from ..report import AdapterError
 from .block_checks import plain, plain_norm, serves
-from .report import AdapterError
-from .unet_attention import LinFusionAttention
 
 # Elements that the norms convert to float32 at a time.
 _ELEMENTS = 2**26

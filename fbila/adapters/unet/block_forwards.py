@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.add_bias_library import add_bias
-from ..ops.geglu_library import geglu
-from ..ops.group_norm_library import group_norm
-from ..ops.norm_library import layer_norm
+from ...ops.add_bias_library import add_bias
+from ...ops.geglu_library import geglu
+from ...ops.group_norm_library import group_norm
+from ...ops.norm_library import layer_norm
+from ..host import host
 from .block_checks import plain, plain_norm, pointwise, read_by_maps, serves, takes
-from .host import host
 
 with host("diffusers"):
     from diffusers.models.activations import GEGLU

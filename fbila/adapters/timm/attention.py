@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .host import host
-from .report import AdapterError
-from .timm_masks import as_key_mask, refuse_causal
-from .timm_rope import as_rotary, attend
+from ..host import host
+from ..report import AdapterError
+from .masks import as_key_mask, refuse_causal
+from .rope import as_rotary, attend
 
 with host("timm"):
     import timm

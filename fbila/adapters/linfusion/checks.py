@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .carry import require_carriable
-from .hooks import casting, offloaded
-from .lora import plain, tuners
-from .report import AdapterError, SwapReport
+from ..carry import require_carriable
+from ..hooks import casting, offloaded
+from ..lora import plain, tuners
+from ..report import AdapterError, SwapReport
 
 
 def require_fit(modules_list: list[dict[str, Any]], report: SwapReport) -> None:
