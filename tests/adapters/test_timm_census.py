@@ -30,7 +30,9 @@ MIXED = {
 def families() -> set[str]:
     """The modules of timm that know one of the three classes, or a block of one that does."""
     known = {Attention.__module__, EvaAttention.__module__}
-    modules = {name: sys.modules[f"timm.models.{name}"] for name in _registry._module_to_models}
+    loaded = {name: sys.modules.get(f"timm.models.{name}") for name in _registry._module_to_models}
+    # Others than timm register models as well, fbila among them.
+    modules = {name: module for name, module in loaded.items() if module is not None}
 
     def knows(module) -> bool:
         kinds = [v for v in vars(module).values() if isinstance(v, type)]
