@@ -22,6 +22,9 @@ from .report import AdapterError, LayerDrift, SwapReport
 from .shared import keep_up, require_own_forward, share
 
 _HANDLE = "_fbila_handle"
+# Where originals wait: where they were, in the memory of the CPU, or nowhere.
+KEPT = ("device", "cpu", "none")
+_PARKING = torch.device("cpu")
 
 
 class SwapHandle:
@@ -43,8 +46,10 @@ class SwapHandle:
         modules: Mapping[str, nn.Module],
         report: SwapReport,
         settings: Mapping[str, Any],
+        keep_original: str = "device",
     ) -> None:
         self.model = model
+        self.keep_original = keep_original
         self.originals = {name: model.get_submodule(name) for name in modules}
         self.modules = dict(modules)
         self.report = report
@@ -65,11 +70,11 @@ class SwapHandle:
         """Puts every original back: the same objects, with the weights they had.
 
         Raises:
-            AdapterError: If somebody else has replaced one of the modules since.
+            AdapterError: If somebody else has replaced one of the modules since, or the originals
+                were not kept.
         """
         if self.mounted:
-            self._exchange(self.modules, self.originals)
-            self.mounted = False
+            self._put_back()
         if self.attached:
             delattr(self.model, _HANDLE)
             vars(self.model).pop("save_pretrained", None)
@@ -81,14 +86,12 @@ class SwapHandle:
         if not self.mounted:
             yield
             return
-        self._exchange(self.modules, self.originals)
-        self.mounted = False
+        self._put_back()
         try:
             yield
         finally:
             if self.attached:  # and not unmounted for good inside the block
-                self._exchange(self.originals, self.modules)
-                self.mounted = True
+                self._put_in()
 
     def check(self, *args: Any, **kwargs: Any) -> list[LayerDrift]:
         """How far each new module's answer is from the original's, given the same inputs.
@@ -120,8 +123,7 @@ class SwapHandle:
         return get_handle(self.model) is self
 
     def _mount(self) -> None:
-        self._exchange(self.originals, self.modules)
-        self.mounted = True
+        self._put_in()
         setattr(self.model, _HANDLE, self)
         if hasattr(self.model, "save_pretrained"):
             model: Any = self.model
@@ -129,6 +131,40 @@ class SwapHandle:
             # Callers look at which arguments are accepted before they pass them on.
             guard.__signature__ = inspect.signature(model.save_pretrained)
             model.save_pretrained = guard
+
+    def _put_in(self) -> None:
+        self._exchange(self.originals, self.modules)
+        self.mounted = True
+        if self.keep_original == "cpu":
+            self._park_originals()
+        elif self.keep_original == "none":
+            self.originals = {}
+            self._placed = {module: self._placed[module] for module in self.modules.values()}
+
+    def _put_back(self) -> None:
+        if self.keep_original == "none":
+            raise AdapterError(
+                'The originals were not kept (keep_original="none"). Reload the '
+                f"{type(self.model).__name__} to get softmax attention back."
+            )
+        if self.keep_original == "cpu":
+            for name, original in self.originals.items():
+                self._move(original, placement(self.modules[name])[0])
+        try:
+            self._exchange(self.modules, self.originals)
+        except AdapterError:
+            if self.keep_original == "cpu":
+                self._park_originals()
+            raise
+        self.mounted = False
+
+    def _park_originals(self) -> None:
+        for original in self.originals.values():
+            self._move(original, _PARKING)
+
+    def _move(self, module: nn.Module, device: torch.device) -> None:
+        module.to(device)
+        self._placed[module] = placement(module)
 
     def _exchange(self, leaving: Mapping[str, nn.Module], coming: Mapping[str, nn.Module]) -> None:
         # A block that was pruned meanwhile took its module along.
@@ -213,6 +249,7 @@ def swap_modules(
     modules: Mapping[str, nn.Module],
     report: SwapReport,
     settings: Mapping[str, Any] | None = None,
+    keep_original: str = "device",
 ) -> SwapHandle:
     """Puts new modules in the place of a model's own, reversibly.
 
@@ -224,6 +261,7 @@ def swap_modules(
         modules: Path of a module of the model -> what takes its place.
         report: Kept on the handle.
         settings: Path of an attribute in the model -> its value while they are mounted.
+        keep_original: One of `KEPT`; but for "device" the new modules have weights of their own.
 
     Raises:
         AdapterError: If the model carries a swap already; it has to be undone first.
@@ -233,7 +271,7 @@ def swap_modules(
             f"{type(model).__name__} carries a swap already. Undo it first: "
             "fbila.adapters.unswap(model)."
         )
-    handle = SwapHandle(model, modules, report, settings or {})
+    handle = SwapHandle(model, modules, report, settings or {}, keep_original)
     handle._mount()
     return handle
 

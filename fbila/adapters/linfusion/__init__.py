@@ -25,7 +25,7 @@ from ..lora import own_parameters, tuners, unfused, without_tuners
 from ..report import AdapterError, LayerDrift, SwapReport, require_match
 from ..swap import SwapHandle, get_handle, swap_modules
 from .attention import LinFusionAttention
-from .checks import require_fit, require_fusible, require_usable
+from .checks import require_fit, require_fusible, require_kept, require_usable
 from .weights import find_weights
 
 with host("diffusers"):
@@ -101,6 +101,7 @@ class LinFusion(ModelMixin, ConfigMixin):
         pipe_name_path: str | Path | None = None,
         *,
         mid_dim_scale: int | None = None,
+        keep_original: str = "device",
         **from_pretrained_kwargs: Any,
     ) -> "LinFusion":
         """Makes the layers for a pipeline's UNet and mounts them.
@@ -114,6 +115,7 @@ class LinFusion(ModelMixin, ConfigMixin):
                 weights for a UNet of this shape.
             pipe_name_path: Where the pipeline came from, if it cannot tell by itself.
             mid_dim_scale: As in `get_default_config`, where `load_pretrained` is False.
+            keep_original: As in `mount_to`.
             **from_pretrained_kwargs: `variant`, `revision`, `cache_dir` and others, passed to
                 `from_pretrained`.
 
@@ -134,6 +136,7 @@ class LinFusion(ModelMixin, ConfigMixin):
             >>> linfusion.mounted, len(linfusion.report.swapped)
             (True, 6)
         """
+        require_kept(keep_original)
         model = resolve_model(pipeline if unet is None else unet)
         if get_handle(model) is not None:
             raise AdapterError(
@@ -156,7 +159,7 @@ class LinFusion(ModelMixin, ConfigMixin):
                     model, report, pipe_name_path or getattr(pipeline, "name_or_path", None)
                 )
             linfusion = cls.from_pretrained(path, **from_pretrained_kwargs)
-        linfusion.mount_to(unet=model)
+        linfusion.mount_to(unet=model, keep_original=keep_original)
         return linfusion
 
     @classmethod
@@ -247,7 +250,9 @@ class LinFusion(ModelMixin, ConfigMixin):
             raise AdapterError("This LinFusion has not been mounted; there is no report yet.")
         return self._handle.report
 
-    def mount_to(self, pipeline: Any = None, unet: Any = None) -> SwapReport:
+    def mount_to(
+        self, pipeline: Any = None, unet: Any = None, *, keep_original: str = "device"
+    ) -> SwapReport:
         """Puts the layers in the place of the UNet's own, on the same device and in the same dtype.
 
         Everything is checked before anything is changed. Mounting twice changes nothing.
@@ -255,10 +260,14 @@ class LinFusion(ModelMixin, ConfigMixin):
         Args:
             pipeline: A pipeline with a UNet; or
             unet: the UNet itself.
+            keep_original: Where the UNet's own layers wait to be put back: on its "device"; in the
+                memory of the "cpu" (for SDXL's, 0.8 GB in float16), whence `disabled` and `unmount`
+                fetch them; or "none": they are given up, and there is no way back.
 
         Raises:
             AdapterError: If the layers do not fit the UNet, which is then as it was.
         """
+        require_kept(keep_original)
         model = resolve_model(pipeline if unet is None else unet)
         if self._handle is not None and self._handle.attached:
             if self._handle.model is model:
@@ -280,7 +289,8 @@ class LinFusion(ModelMixin, ConfigMixin):
             layer.to(device=device, dtype=dtype if dtype.is_floating_point else None)
             layer.train(original.training)
             layer.name = name
-            kept += sum(p.numel() * p.element_size() for p in own_parameters(original))
+            if keep_original != "none":
+                kept += sum(p.numel() * p.element_size() for p in own_parameters(original))
             added += sum(p.numel() for p in own_parameters(layer))
             added -= sum(p.numel() for p in own_parameters(original))
         left = tuple(
@@ -298,6 +308,7 @@ class LinFusion(ModelMixin, ConfigMixin):
                 added_parameters=added,
                 kept_bytes=kept,
             ),
+            keep_original=keep_original,
         )
         return self.report
 

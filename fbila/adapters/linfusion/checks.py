@@ -10,6 +10,18 @@ from ..carry import require_carriable
 from ..hooks import casting, offloaded
 from ..lora import plain, tuners
 from ..report import AdapterError, SwapReport
+from ..swap import KEPT
+
+
+def require_kept(keep_original: str) -> None:
+    """Refuses a place for originals that there is none of.
+
+    Raises:
+        AdapterError: If it is none of `KEPT`.
+    """
+    if keep_original not in KEPT:
+        choices = ", ".join(f'"{kept}"' for kept in KEPT)
+        raise AdapterError(f"keep_original must be one of {choices}, got {keep_original!r}.")
 
 
 def require_fit(modules_list: list[dict[str, Any]], report: SwapReport) -> None:
