@@ -17,6 +17,11 @@ def is_channels_last(x: torch.Tensor) -> bool | None:
     return True if last else None
 
 
+def order_of(x: torch.Tensor) -> torch.memory_format:
+    """channels_last where x `(B, C, H, W)` lies so, contiguous where it does not."""
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
 def dense(x: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """x, copied if it is dense in neither order, and whether it is in channels_last."""
     last = is_channels_last(x)

@@ -43,6 +43,27 @@ def test_the_same_prediction(make, linear, tokens):
         assert torch.equal(tiny_models.predict(unet), expected)
 
 
+@pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_pictures_keep_their_order_in_memory(order, monkeypatch):
+    """Else each would be copied into the other for the convolution behind it."""
+    unet = tiny_models.small_unet().to(memory_format=order)
+    sample = torch.randn(1, 4, 16, 16).contiguous(memory_format=order)
+    inputs = {**tiny_models.unet_inputs(unet, batch=1), "sample": sample}
+    expected = tiny_models.predict(unet, **inputs)
+    found, join = [], memory_blocks.join
+
+    def noted(hidden_states, skip):
+        joined = join(hidden_states, skip)
+        found.extend(x.is_contiguous(memory_format=order) for x in (hidden_states, skip, joined))
+        return joined
+
+    monkeypatch.setattr(memory_blocks, "join", noted)
+    with low_memory(unet):
+        actual = tiny_models.predict(unet, **inputs)
+    assert found and all(found)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
+
+
 def test_norms_by_the_kernel(monkeypatch):
     """As on a GPU: the same, in the memory of what the blocks made themselves."""
     if torch.cuda.is_available():

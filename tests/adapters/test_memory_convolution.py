@@ -42,6 +42,14 @@ def test_any_convolution(kernel, stride, padding, dilation, groups, bias, times,
     torch.testing.assert_close(convolve(conv, x, times), conv(enlarged))
 
 
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_it_lies_in_memory_as_its_input(times, order):
+    conv, x = nn.Conv2d(4, 6, 3, padding=1).to(memory_format=order), torch.randn(1, 4, 32, 8)
+    y = convolve(conv, x.contiguous(memory_format=order), times)
+    assert y.is_contiguous(memory_format=order)
+
+
 def test_rows_are_few(monkeypatch):
     conv, x = nn.Conv2d(4, 4, 3, padding=1), torch.randn(1, 4, 32, 8)
     seen = []

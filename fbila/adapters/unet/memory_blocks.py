@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...layers.linfusion import attend_in_chunks
 from ...ops.group_norm_library import group_norm, group_norm_
-from ...ops.memory_format import is_channels_last
+from ...ops.memory_format import is_channels_last, order_of
 from ..linfusion.attention import LinFusionAttention
 from ..report import AdapterError
 from .block_checks import plain, plain_norm, serves
@@ -65,7 +65,12 @@ def up_block_forward(
 def join(hidden_states: Tensor, skip: Tensor) -> Tensor:
     """Both side by side along the channels; `skip` may be in the memory of the CPU."""
     B, C, H, W = hidden_states.shape
-    joined = hidden_states.new_empty(B, C + skip.shape[1], H, W)
+    joined = torch.empty(
+        (B, C + skip.shape[1], H, W),
+        dtype=hidden_states.dtype,
+        device=hidden_states.device,
+        memory_format=order_of(hidden_states),
+    )
     joined[:, :C] = hidden_states
     joined[:, C:].copy_(skip, non_blocking=True)
     return joined
@@ -75,7 +80,7 @@ def to_host(x: Tensor) -> Tensor:
     """A copy in pinned memory of the CPU; x itself where it is there already."""
     if x.device.type == "cpu":
         return x
-    kept = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=x.is_cuda)
+    kept = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
     return kept.copy_(x, non_blocking=True)
 
 

@@ -6,8 +6,11 @@ widest layers of a UNet is more than all that the UNet itself holds.
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ...ops.memory_format import order_of
 
 # Elements of input and output that are processed at a time.
 ELEMENTS = 2**26
@@ -44,8 +47,13 @@ def convolve(conv: nn.Conv2d, x: Tensor, times: int = 1) -> Tensor:
         piece = _input_of(conv, x, times, first, last)
         piece = F.conv2d(piece, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
         if y is None:
-            # In the dtype that autocast chooses.
-            y = piece.new_empty(*piece.shape[:2], rows, columns)
+            # In the dtype that autocast chooses, and in the order that the library does.
+            y = torch.empty(
+                (*piece.shape[:2], rows, columns),
+                dtype=piece.dtype,
+                device=piece.device,
+                memory_format=order_of(piece),
+            )
         y[:, :, first:last] = piece
     assert y is not None
     return y
