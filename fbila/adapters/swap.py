@@ -147,12 +147,13 @@ class SwapHandle:
                 'The originals were not kept (keep_original="none"). Reload the '
                 f"{type(self.model).__name__} to get softmax attention back."
             )
-        if self.keep_original == "cpu":
-            for name, original in self.originals.items():
-                self._move(original, placement(self.modules[name])[0])
         try:
+            if self.keep_original == "cpu":
+                for name, original in self.originals.items():
+                    self._move(original, placement(self.modules[name])[0])
             self._exchange(self.modules, self.originals)
-        except AdapterError:
+        except Exception:
+            # Also where the device has no room for them.
             if self.keep_original == "cpu":
                 self._park_originals()
             raise

@@ -90,6 +90,26 @@ def test_a_refusal_leaves_them_there(unet):
     linfusion.unmount()
 
 
+def test_without_room_they_stay_where_they_were(unet, moves, monkeypatch):
+    linfusion = construct(unet, "cpu")
+    originals = list(get_handle(unet).originals.values())
+    moves.clear()
+    move = SwapHandle._move
+
+    def full(self, module, device):
+        if module is originals[2] and len(moves) == 2:
+            moves.append((module, "nowhere"))
+            raise torch.OutOfMemoryError("no room")
+        move(self, module, device)
+
+    monkeypatch.setattr(SwapHandle, "_move", full)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        linfusion.unmount()
+    assert moves[3:] == [(module, "cpu") for module in originals]
+    assert devices(originals) == {"cpu"} and linfusion.mounted
+    linfusion.unmount()
+
+
 def test_nowhere(unet, tmp_path):
     expected = predict(construct(unet, "device")._handle.model)
     unswap(unet)
