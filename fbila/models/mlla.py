@@ -9,11 +9,11 @@ State dicts are those of the official releases but for `rope.rotations`, the rot
 training resolution: they are compared with the formula and not kept.
 """
 
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from timm.models import (
-    build_model_with_cfg,
     generate_default_cfgs,
     register_model,
     register_notrace_module,
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..layers import MLLALinearAttention
 from .conv_tokens import TokenBackbone, TokenBlock
 from .default_cfg import imagenet_cfg
-from .stages import over_grid
+from .stages import create_staged, over_grid
 
 # FX cannot follow what it does with sizes.
 register_notrace_module(MLLALinearAttention)
@@ -127,14 +127,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: Any) -> MLLA:
-    return build_model_with_cfg(
-        MLLA,
-        variant,
-        pretrained,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **{**defaults, **kwargs},
-    )
+_create = partial(create_staged, MLLA)
 
 
 @register_model

@@ -10,12 +10,12 @@ embedding: they are compared with the formula and not kept.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from timm.layers import calculate_drop_path_rates, create_classifier
 from timm.models import (
-    build_model_with_cfg,
     checkpoint,
     generate_default_cfgs,
     register_model,
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..layers import RALA
 from .default_cfg import imagenet_cfg
 from .ravlt_block import RAVLTBlock, SoftmaxPictureAttention, StageRotary
-from .stages import Stage, StagedBackbone, over_grid
+from .stages import Stage, StagedBackbone, create_staged, over_grid
 
 
 class RAVLTStage(Stage):
@@ -207,33 +207,26 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: Any) -> RAVLT:
-    return build_model_with_cfg(
-        RAVLT,
-        variant,
-        pretrained,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **{**defaults, **kwargs},
-    )
+_create = partial(create_staged, RAVLT)
 
 
 @register_model
 def ravlt_tiny(pretrained: bool = False, **kwargs: Any) -> RAVLT:
-    """RAVLT-T: 15M parameters, 2.4G FLOPs."""
+    """RAVLT-T: 15M parameters, 2.4G FLOPs, without those of attention's products."""
     defaults = {"dims": (64, 128, 256, 512), "depths": (2, 2, 6, 2), "num_heads": (1, 2, 4, 8)}
     return _create("ravlt_tiny", pretrained, defaults, kwargs)
 
 
 @register_model
 def ravlt_small(pretrained: bool = False, **kwargs: Any) -> RAVLT:
-    """RAVLT-S: 26M parameters, 4.6G FLOPs."""
+    """RAVLT-S: 26M parameters, 4.6G FLOPs, without those of attention's products."""
     defaults = {"dims": (64, 128, 320, 512), "depths": (3, 5, 9, 3), "num_heads": (1, 2, 5, 8)}
     return _create("ravlt_small", pretrained, defaults, kwargs)
 
 
 @register_model
 def ravlt_base(pretrained: bool = False, **kwargs: Any) -> RAVLT:
-    """RAVLT-B: 48M parameters, 9.9G FLOPs."""
+    """RAVLT-B: 48M parameters, 9.9G FLOPs, without those of attention's products."""
     defaults = {
         "dims": (96, 192, 384, 512),
         "depths": (4, 6, 12, 6),
@@ -245,7 +238,7 @@ def ravlt_base(pretrained: bool = False, **kwargs: Any) -> RAVLT:
 
 @register_model
 def ravlt_large(pretrained: bool = False, **kwargs: Any) -> RAVLT:
-    """RAVLT-L: 95M parameters, 16.0G FLOPs."""
+    """RAVLT-L: 95M parameters, 16.0G FLOPs, without those of attention's products."""
     defaults = {
         "dims": (96, 192, 448, 640),
         "depths": (4, 7, 19, 8),

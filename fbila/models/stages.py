@@ -4,9 +4,10 @@ patch_embed -> layers[0].blocks -> layers[0].downsample -> layers[1].blocks -> .
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from .backbone import Backbone
@@ -73,6 +74,22 @@ class StagedBackbone(Backbone):
             (r"^(?:proj|norm)\.", (99999,)),
         ]
         return {"stem": r"^patch_embed", "blocks": blocks}
+
+
+M = TypeVar("M", bound=StagedBackbone)
+
+
+def create_staged(
+    model: type[M], variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]
+) -> M:
+    """A model as timm makes one of that name: its own options over the variant's defaults."""
+    return build_model_with_cfg(
+        model,
+        variant,
+        pretrained,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        **{**defaults, **kwargs},
+    )
 
 
 def over_grid(module: nn.Module, x: Tensor, *args: Any) -> Tensor:

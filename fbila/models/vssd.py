@@ -7,11 +7,11 @@ https://arxiv.org/abs/2407.18559; YuHengsss/VSSD.
 State dicts are those of the official releases.
 """
 
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from timm.models import (
-    build_model_with_cfg,
     generate_default_cfgs,
     register_model,
     register_notrace_module,
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..layers import NonCausalSSD
 from .conv_tokens import TokenBackbone, TokenBlock
 from .default_cfg import imagenet_cfg
+from .stages import create_staged
 
 # FX cannot follow what it does with sizes.
 register_notrace_module(NonCausalSSD)
@@ -139,14 +140,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: Any) -> VSSD:
-    return build_model_with_cfg(
-        VSSD,
-        variant,
-        pretrained,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **{**defaults, **kwargs},
-    )
+_create = partial(create_staged, VSSD)
 
 
 @register_model
