@@ -12,6 +12,7 @@ from fbila.ops import group_norm_library
 from fbila.ops.add_bias_library import add_bias
 from fbila.ops.geglu_library import geglu
 from fbila.ops.norm_library import layer_norm, layer_norm_leaky_relu
+from fbila.ops.separable_conv_library import separable_conv2d
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
@@ -38,6 +39,9 @@ def pictures(dtype: torch.dtype):
                 yield f"gradient of group_norm {name}", gradient
         x = x.detach()
         yield f"in place {name}", group_norm_library.group_norm_(x, bias, bias, 20, 1e-5)
+        taps = torch.randn(C, 1, 5, 5, device="cuda", dtype=dtype)
+        matrices = torch.randn(C, 20, 1, 1, device="cuda", dtype=dtype)
+        yield f"separable_conv {name}", separable_conv2d(x, taps, bias, matrices, bias)
 
 
 def rows(dtype: torch.dtype):

@@ -17,6 +17,7 @@ from fbila.ops import (
     group_norm_backward_library,
     group_norm_library,
     norm_library,
+    separable_conv_library,
 )
 from fbila.ops.kernels.launch import Launch
 
@@ -71,6 +72,13 @@ def calls():
                         x, residual, channel, channel
                     ),
                 )
+        for C, D, k in ((96, 32, 5), (96, 32, 3), (96, 16, 5), (96, 24, 5), (128, 64, 5)):
+            x = planes(2, C, 32, 32, last=last)
+            weights = planes(C, 1, k, k), None, planes(C, D, 1, 1), None
+            yield (
+                f"separable_conv {C} {D} {k} {last}",
+                partial(separable_conv_library.in_kernel, x, *weights),
+            )
     for D in (320, 640, 1280):
         x, channel = planes(2, 256, D), planes(D)
         yield f"geglu {D}", lambda x=x: geglu_library.in_kernel(x)
