@@ -10,14 +10,18 @@ nothing of the size of all of them is put together but the output.
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..host import host
+from ..unet.block_checks import plain
+from .aggregation import aggregate
 from .relu_attention import attend_picture, join_heads, why_not_relu
 from .sana import why_not_processor
 
 with host("diffusers"):
     from diffusers.models.attention_processor import (
+        SanaMultiscaleAttentionProjection,
         SanaMultiscaleAttnProcessor2_0,
         SanaMultiscaleLinearAttention,
     )
@@ -35,8 +39,14 @@ class FastMultiscaleAttention(SanaMultiscaleLinearAttention):
             return super().forward(hidden_states)
         # Once, and not by each of the projections.
         x = hidden_states.movedim(1, -1).contiguous()
-        qkv = torch.cat([self.to_q(x), self.to_k(x), self.to_v(x)], dim=3).movedim(-1, 1)
-        scales = [qkv, *(project(qkv) for project in self.to_qkv_multiscale)]
+        qkv = concatenated([self.to_q, self.to_k, self.to_v], x).movedim(-1, 1)
+        scales = [
+            qkv,
+            *(
+                aggregate(qkv, scale, SanaMultiscaleAttentionProjection)
+                for scale in self.to_qkv_multiscale
+            ),
+        ]
         outputs = [attend_picture(scale, self.attention_head_dim, self.eps) for scale in scales]
         picture = join_heads(outputs, (height, width)).to(hidden_states.dtype)
         y = self.to_out(picture.movedim(1, -1))
@@ -58,3 +68,18 @@ class FastMultiscaleAttention(SanaMultiscaleLinearAttention):
         """Heads of all scales and their channels."""
         scales = 1 + len(attn.to_qkv_multiscale)
         return scales * attn.to_q.out_features // attn.attention_head_dim, attn.attention_head_dim
+
+
+def concatenated(maps: list[Any], x: Tensor) -> Tensor:
+    """The outputs of linear maps `(..., D)` side by side, as one map where that is all they do.
+
+    Their weights are put together in every call, which is cheap beside their outputs.
+    """
+    if all(_bare(each) and each.weight.dtype == maps[0].weight.dtype for each in maps):
+        return F.linear(x, torch.cat([each.weight for each in maps]))
+    return torch.cat([each(x) for each in maps], dim=-1)
+
+
+def _bare(module: nn.Module) -> bool:
+    """Whether it is a plain linear map without bias."""
+    return plain(module, nn.Linear) and module.bias is None and type(module.weight) is nn.Parameter

@@ -9,10 +9,11 @@ side, and are read so; of channels_last ones `(B, N, H, D)`.
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...ops.autocast import without_autocast
 from ..host import host
+from .aggregation import aggregate
 from .relu_attention import attend_picture, join_heads, why_not_relu
 
 with host("timm"):
@@ -27,7 +28,7 @@ class FastLiteMLA(LiteMLA):
     def forward(self, x: Tensor) -> Tensor:
         """Mixes the positions of `x` `(B, C, height, width)`."""
         qkv = self.qkv(x)
-        scales = [qkv, *(aggregate(qkv) for aggregate in self.aggreg)]
+        scales = [qkv, *(aggregate(qkv, scale, nn.Sequential) for scale in self.aggreg)]
         # In float32 autocast would round what timm does not.
         with without_autocast(qkv):
             outputs = [attend_picture(scale, self.dim, self.eps) for scale in scales]
