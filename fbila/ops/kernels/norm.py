@@ -1,7 +1,7 @@
 """LayerNorm and LeakyReLU in one pass, for several sets of rows that have weights of their own.
 
 x `(P, R, D)` -> o `(P, R, D)` contiguous, with weight and bias `(P, D)`, or None for 1 and 0. A
-slope of 1 is no activation.
+slope of 1 is no activation. Rows that are not centred, whose mean is left in, give RMSNorm.
 """
 
 import math
@@ -24,7 +24,7 @@ def norm_kernel(
     x, weight, bias, o,
     stride_xp: "i64", stride_xr: "i64", rows: "i64", eps: "fp64", slope: "fp64",
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
-    ACC: tl.constexpr,
+    CENTRED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     i_p = tl.program_id(1).to(tl.int64)
     o_r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -34,8 +34,9 @@ def norm_kernel(
     # Strides are in units, which proves the alignment that 16-byte loads need.
     p_x = x + i_p * (stride_xp * UNIT) + o_r[:, None] * (stride_xr * UNIT) + o_d[None, :]
     b_x = tl.load(p_x, mask=mask, other=0.0).to(ACC)
-    b_x -= (tl.sum(b_x, 1) / D)[:, None]
-    b_x = tl.where(inside[None, :], b_x, 0.0)
+    if CENTRED:
+        b_x -= (tl.sum(b_x, 1) / D)[:, None]
+        b_x = tl.where(inside[None, :], b_x, 0.0)
     variance = tl.sum(b_x * b_x, 1) / D
     b_x *= (1.0 / tl.sqrt(variance + tl.full((), eps, ACC)))[:, None]
     if weight is not None:
@@ -67,17 +68,22 @@ def plan_norm(
     others: tuple[torch.dtype | None, ...],
     eps: float,
     slope: float,
+    centred: bool = True,
 ) -> Launch:
     """others: dtypes of weight, bias and o, which the kernel is compiled for as well."""
     P, R, D = shape
     width = triton.next_power_of_2(D)
     block = max(1, ELEMENTS // width)
     unit, steps = in_units(shape, dtype, stride)
+    constants = {
+        "D": D, "WIDTH": width, "BLOCK": block, "UNIT": unit, "CENTRED": centred,
+        "ACC": Tiling.acc(dtype),
+    }  # fmt: skip
     return Launch(
         norm_kernel,
         (triton.cdiv(R, block), P),
         (*steps, R, eps, slope),
-        {"D": D, "WIDTH": width, "BLOCK": block, "UNIT": unit, "ACC": Tiling.acc(dtype)},
+        constants,
         {"num_warps": 4, "num_stages": 1},
     )
 
@@ -99,7 +105,8 @@ def plan_layer_norm(
     dtype: torch.dtype,
     others: tuple[torch.dtype | None, ...],
     eps: float,
+    centred: bool = True,
 ) -> Launch:
     """For contiguous x `(..., D)`, without an activation."""
     D = shape[-1]
-    return plan_norm((1, math.prod(shape[:-1]), D), (0, D, 1), dtype, others, eps, 1.0)
+    return plan_norm((1, math.prod(shape[:-1]), D), (0, D, 1), dtype, others, eps, 1.0, centred)
