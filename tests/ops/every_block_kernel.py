@@ -10,8 +10,10 @@ import torch
 
 from fbila.ops import group_norm_library
 from fbila.ops.add_bias_library import add_bias
+from fbila.ops.gated_conv_library import gated_depthwise_conv
 from fbila.ops.geglu_library import geglu
 from fbila.ops.norm_library import layer_norm, layer_norm_leaky_relu
+from fbila.ops.rms_norm_library import rms_norm
 from fbila.ops.separable_conv_library import separable_conv2d
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -38,6 +40,9 @@ def pictures(dtype: torch.dtype):
             for gradient in torch.autograd.grad(y, leaves, torch.ones_like(y)):
                 yield f"gradient of group_norm {name}", gradient
         x = x.detach()
+        if last is torch.channels_last:
+            taps = torch.randn(C, 1, 3, 3, device="cuda", dtype=dtype)
+            yield f"gated_conv {name}", gated_depthwise_conv(x.permute(0, 2, 3, 1), taps, bias)
         yield f"in place {name}", group_norm_library.group_norm_(x, bias, bias, 20, 1e-5)
         taps = torch.randn(C, 1, 5, 5, device="cuda", dtype=dtype)
         matrices = torch.randn(C, 20, 1, 1, device="cuda", dtype=dtype)
@@ -52,6 +57,7 @@ def rows(dtype: torch.dtype):
         with torch.no_grad():
             yield f"geglu {D}", geglu(x)
             yield f"layer_norm {D}", layer_norm(x, None, None, 1e-5)
+            yield f"rms_norm {D}", rms_norm(x[:, :D], weight[0], weight[1], 1e-5)
         for function, y in (
             ("geglu", geglu(x)),
             ("layer_norm", layer_norm(x, None, None, 1e-5)),

@@ -13,10 +13,12 @@ from sm_90 import Arguments, accesses, compile_sm_90, resources
 
 from fbila.ops import (
     add_bias_library,
+    gated_conv_library,
     geglu_library,
     group_norm_backward_library,
     group_norm_library,
     norm_library,
+    rms_norm_library,
     separable_conv_library,
 )
 from fbila.ops.kernels.launch import Launch
@@ -114,6 +116,24 @@ def calls():
                 torch.zeros_like(arguments[0]), *arguments
             ),
         )
+    for D in (512, 2240):
+        x, channel = planes(2, 256, D), planes(D)
+        for name, weight in (("", channel), (" of float32 weights", channel.float())):
+            yield (
+                f"rms_norm {D}{name}",
+                partial(rms_norm_library.in_kernel, x, weight, weight, 1e-5, weight.dtype),
+            )
+    # Sana's, SanaVideo's and DC-AE's hidden layers.
+    for shape in ((2, 32, 32, 5600), (1, 30, 52, 6720), (1, 128, 128, 2048)):
+        B, H, W, C = shape
+        for dtype in (torch.bfloat16, torch.float32):
+            h, weight, bias = planes(B, H, W, 2 * C), planes(2 * C, 1, 3, 3), planes(2 * C)
+            yield (
+                f"gated_depthwise_conv {C} {dtype}",
+                partial(
+                    gated_conv_library.in_kernel, h.to(dtype), weight.to(dtype), bias.to(dtype)
+                ),
+            )
 
 
 def main() -> None:

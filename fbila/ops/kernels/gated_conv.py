@@ -1,0 +1,191 @@
+"""The middle of a gated convolutional feed-forward layer, from hidden layer to hidden layer.
+
+    u = dwconv(SiLU(h)) + bias,   y = a SiLU(g),   u = [a, g]
+
+h `(B, H, W, 2 C)`, taps `(9, 2 C)`, bias `(2 C,)` or None -> y `(B, H, W, C)`: a depthwise
+3 x 3 convolution with zeros around SiLU(h), and the halves of its channels as value and gate. It is
+computed in float32 and rounded once.
+
+A program goes down some rows of a strip of the picture, for a block of channels. A row of h is a
+part of three rows of u, of which the one above is complete then; what is known of the others is
+kept. A thread has four pixels side by side, for which it takes SiLU of six. SiLU is what takes
+longest, longer than memory, and would be taken of every element nine times otherwise.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from .channels import inside
+from .features import exp
+from .launch import Launch, kernel
+from .tiling import Tiling
+
+_WARPS = 4
+# A thread's channels. The 18 taps of each stay in its registers, which leave no room for more; a
+# warp reads 128 bytes of 16-bit channels side by side.
+_CHANNELS = 2
+# Fours of pixels across a strip, and its rows, of which two more are read than written.
+_QUADS, _ROWS = 2, 32
+# Enough for every multiprocessor several times.
+_PROGRAMS = 1024
+
+
+@triton.jit
+def silu(x):
+    d = 1.0 + exp(-x)
+    if x.dtype == tl.float32:
+        # A division spends twice as much, on what is beyond 2^126.
+        r = tl.rsqrt(d)
+        return x * r * r
+    else:
+        return x / d
+
+
+@triton.jit
+def load_silu(p, mask, ACC: tl.constexpr):
+    return silu(tl.load(p, mask=mask, other=0.0).to(ACC))
+
+
+@triton.jit
+def load_tap(p, mask, ACC: tl.constexpr):
+    return tl.load(p, mask=mask, other=0.0).to(ACC)[None, :]
+
+
+@triton.jit
+def convolve(b, l, m, r, w_l, w_m, w_r):
+    return b + l * w_l + m * w_m + r * w_r
+
+
+@triton.jit
+def add_row(
+    p, step, m_l, m_0, m_1, m_2, m_3, m_r, a_0, a_1, a_2, a_3, l_0, l_1, l_2, l_3,
+    bias, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7, w_8, ACC: tl.constexpr,
+):  # fmt: skip
+    """Adds a row of h to four pixels of the rows of u above it (a), level with it (l) and below it.
+
+    Returns the row above, which is complete, and what is a and l to the next row of h.
+    """
+    s_l = load_silu(p - step, m_l, ACC)
+    s_0 = load_silu(p, m_0, ACC)
+    s_1 = load_silu(p + step, m_1, ACC)
+    s_2 = load_silu(p + 2 * step, m_2, ACC)
+    s_3 = load_silu(p + 3 * step, m_3, ACC)
+    s_r = load_silu(p + 4 * step, m_r, ACC)
+    c_0 = convolve(a_0, s_l, s_0, s_1, w_6, w_7, w_8)
+    c_1 = convolve(a_1, s_0, s_1, s_2, w_6, w_7, w_8)
+    c_2 = convolve(a_2, s_1, s_2, s_3, w_6, w_7, w_8)
+    c_3 = convolve(a_3, s_2, s_3, s_r, w_6, w_7, w_8)
+    a_0 = convolve(l_0, s_l, s_0, s_1, w_3, w_4, w_5)
+    a_1 = convolve(l_1, s_0, s_1, s_2, w_3, w_4, w_5)
+    a_2 = convolve(l_2, s_1, s_2, s_3, w_3, w_4, w_5)
+    a_3 = convolve(l_3, s_2, s_3, s_r, w_3, w_4, w_5)
+    l_0 = convolve(bias, s_l, s_0, s_1, w_0, w_1, w_2)
+    l_1 = convolve(bias, s_0, s_1, s_2, w_0, w_1, w_2)
+    l_2 = convolve(bias, s_1, s_2, s_3, w_0, w_1, w_2)
+    l_3 = convolve(bias, s_2, s_3, s_r, w_0, w_1, w_2)
+    return c_0, c_1, c_2, c_3, a_0, a_1, a_2, a_3, l_0, l_1, l_2, l_3
+
+
+@kernel
+def gated_conv_kernel(
+    h, taps, bias, y,
+    height: "i64", width: "i64", channels: "i64", rows: "i64", strips: "i32", chunks: "i32",
+    UNIT: tl.constexpr, QUADS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    i_s = tl.program_id(0)
+    strip = (i_s % strips).to(tl.int64)
+    first = (i_s // strips % chunks).to(tl.int64) * rows
+    i_b = (i_s // strips // chunks).to(tl.int64)
+    C = channels * UNIT
+    o_x = strip * (4 * QUADS) + 4 * tl.arange(0, QUADS)
+    o_c = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_c = inside(o_c, channels, UNIT)
+    m_l = ((o_x > 0) & (o_x <= width))[:, None] & m_c[None, :]
+    m_0 = (o_x < width)[:, None] & m_c[None, :]
+    m_1 = (o_x + 1 < width)[:, None] & m_c[None, :]
+    m_2 = (o_x + 2 < width)[:, None] & m_c[None, :]
+    m_3 = (o_x + 3 < width)[:, None] & m_c[None, :]
+    m_r = (o_x + 4 < width)[:, None] & m_c[None, :]
+    # Of the values and of the gates, row by row.
+    w_a0 = load_tap(taps + o_c, m_c, ACC)
+    w_a1 = load_tap(taps + 2 * C + o_c, m_c, ACC)
+    w_a2 = load_tap(taps + 4 * C + o_c, m_c, ACC)
+    w_a3 = load_tap(taps + 6 * C + o_c, m_c, ACC)
+    w_a4 = load_tap(taps + 8 * C + o_c, m_c, ACC)
+    w_a5 = load_tap(taps + 10 * C + o_c, m_c, ACC)
+    w_a6 = load_tap(taps + 12 * C + o_c, m_c, ACC)
+    w_a7 = load_tap(taps + 14 * C + o_c, m_c, ACC)
+    w_a8 = load_tap(taps + 16 * C + o_c, m_c, ACC)
+    w_g0 = load_tap(taps + C + o_c, m_c, ACC)
+    w_g1 = load_tap(taps + 3 * C + o_c, m_c, ACC)
+    w_g2 = load_tap(taps + 5 * C + o_c, m_c, ACC)
+    w_g3 = load_tap(taps + 7 * C + o_c, m_c, ACC)
+    w_g4 = load_tap(taps + 9 * C + o_c, m_c, ACC)
+    w_g5 = load_tap(taps + 11 * C + o_c, m_c, ACC)
+    w_g6 = load_tap(taps + 13 * C + o_c, m_c, ACC)
+    w_g7 = load_tap(taps + 15 * C + o_c, m_c, ACC)
+    w_g8 = load_tap(taps + 17 * C + o_c, m_c, ACC)
+    b_a = tl.zeros((1, BLOCK), ACC)
+    b_g = b_a
+    if bias is not None:
+        b_a = load_tap(bias + o_c, m_c, ACC)
+        b_g = load_tap(bias + C + o_c, m_c, ACC)
+    zero = tl.zeros((QUADS, BLOCK), ACC)
+    a_a0, a_a1, a_a2, a_a3 = zero, zero, zero, zero
+    a_l0, a_l1, a_l2, a_l3 = zero, zero, zero, zero
+    g_a0, g_a1, g_a2, g_a3 = zero, zero, zero, zero
+    g_l0, g_l1, g_l2, g_l3 = zero, zero, zero, zero
+    steps = tl.minimum(rows, height - first) + 2
+    row = first - 1 + tl.arange(0, 1)
+    p_h = h + ((i_b * height + first - 1) * width + o_x[:, None]) * (2 * C) + o_c[None, :]
+    p_y = y + ((i_b * height + first - 2) * width + o_x[:, None]) * C + o_c[None, :]
+    for _ in range(0, steps):
+        there = ((row >= 0) & (row < height))[None, :]
+        a_0, a_1, a_2, a_3, a_a0, a_a1, a_a2, a_a3, a_l0, a_l1, a_l2, a_l3 = add_row(
+            p_h, 2 * C,
+            m_l & there, m_0 & there, m_1 & there, m_2 & there, m_3 & there, m_r & there,
+            a_a0, a_a1, a_a2, a_a3, a_l0, a_l1, a_l2, a_l3,
+            b_a, w_a0, w_a1, w_a2, w_a3, w_a4, w_a5, w_a6, w_a7, w_a8, ACC,
+        )  # fmt: skip
+        g_0, g_1, g_2, g_3, g_a0, g_a1, g_a2, g_a3, g_l0, g_l1, g_l2, g_l3 = add_row(
+            p_h + C, 2 * C,
+            m_l & there, m_0 & there, m_1 & there, m_2 & there, m_3 & there, m_r & there,
+            g_a0, g_a1, g_a2, g_a3, g_l0, g_l1, g_l2, g_l3,
+            b_g, w_g0, w_g1, w_g2, w_g3, w_g4, w_g5, w_g6, w_g7, w_g8, ACC,
+        )  # fmt: skip
+        complete = (row > first)[None, :]
+        tl.store(p_y, (a_0 * silu(g_0)).to(y.dtype.element_ty), mask=m_0 & complete)
+        tl.store(p_y + C, (a_1 * silu(g_1)).to(y.dtype.element_ty), mask=m_1 & complete)
+        tl.store(p_y + 2 * C, (a_2 * silu(g_2)).to(y.dtype.element_ty), mask=m_2 & complete)
+        tl.store(p_y + 3 * C, (a_3 * silu(g_3)).to(y.dtype.element_ty), mask=m_3 & complete)
+        row += 1
+        p_h += width * (2 * C)
+        p_y += width * C
+
+
+@lru_cache(maxsize=1024)
+def plan_gated_conv(
+    shape: tuple[int, ...], dtype: torch.dtype, others: tuple[torch.dtype | None, ...]
+) -> Launch:
+    """For y `(B, H, W, C)`; others: dtypes of taps and bias, which it is compiled for as well."""
+    B, H, W, C = shape
+    unit = math.gcd(16 // dtype.itemsize, C)
+    quads = min(_QUADS, triton.next_power_of_2(triton.cdiv(W, 4)))
+    block = min(_CHANNELS * 32 * _WARPS // quads, triton.next_power_of_2(C))
+    strips, blocks = triton.cdiv(W, 4 * quads), triton.cdiv(C, block)
+    chunks = triton.cdiv(H, _ROWS)
+    while B * strips * blocks * chunks < _PROGRAMS and triton.cdiv(H, chunks) > 4:
+        chunks *= 2
+    rows = triton.cdiv(H, chunks)
+    chunks = triton.cdiv(H, rows)
+    return Launch(
+        gated_conv_kernel,
+        (B * chunks * strips, blocks),
+        (H, W, C // unit, rows, strips, chunks),
+        {"UNIT": unit, "QUADS": quads, "BLOCK": block, "ACC": Tiling.acc(dtype)},
+        {"num_warps": _WARPS, "num_stages": 1},
+    )
