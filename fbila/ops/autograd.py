@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from . import library
+from .inlining import inline
 from .library import LIBRARY
 
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
@@ -49,13 +50,18 @@ def differentiable_by(op: str, differentiable: Callable, in_kernel: Callable) ->
     """Make `differentiable` what the dispatcher calls where a gradient may be wanted.
 
     It asks for that under `no_grad` as well, and in the inference graphs of compilers: there the
-    way by autograd's function and back to the dispatcher would take longer than the kernel.
+    way by autograd's function and back to the dispatcher would take longer than the kernel, and
+    keep what only a backward pass reads.
     """
 
     def run(*arguments):
-        tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
-        unseen = not torch.is_grad_enabled() and direct(*tensors)
-        return (in_kernel if unseen else differentiable)(*arguments)
+        # A forward derivative is refused by autograd's function.
+        if torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
+            return differentiable(*arguments)
+        if direct(*[x for x in arguments if isinstance(x, torch.Tensor)]):
+            return in_kernel(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.fbila, op)(*arguments)
 
     LIBRARY.impl(op, run, "Autograd")
 
@@ -132,4 +138,5 @@ def refuse_second_derivative(
 
 
 differentiable_by("linear_attn", LinearAttn.apply, library.inference)
+inline("linear_attn", library.inference)
 refuse_second_derivative("linear_attn_backward", "linear_attn and simple_la")

@@ -21,6 +21,7 @@ from .autograd import (
     refuse_second_derivative,
     require_frozen,
 )
+from .inlining import inline
 from .library import LIBRARY, sum_dtype
 from .memory_format import beside, dtypes_of
 
@@ -146,6 +147,7 @@ class LayerNormLeakyReLU(torch.autograd.Function):
 LIBRARY.impl("layer_norm_leaky_relu", in_kernel, "CUDA")
 LIBRARY.impl("layer_norm_leaky_relu", in_pytorch, "CPU")
 differentiable_by("layer_norm_leaky_relu", LayerNormLeakyReLU.apply, in_kernel)
+inline("layer_norm_leaky_relu", in_kernel)
 LIBRARY.impl("layer_norm_leaky_relu_backward", backward_in_kernel, "CUDA")
 LIBRARY.impl("layer_norm_leaky_relu_backward", backward_in_pytorch, "CPU")
 refuse_second_derivative("layer_norm_leaky_relu_backward", "layer_norm_leaky_relu")

@@ -12,6 +12,8 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
+from ..inlining import launch, traced
+
 
 def kernel(function: Callable) -> Any:
     """`triton.jit` that never looks at the value of a number: one binary serves all lengths.
@@ -57,6 +59,9 @@ class Launch:
         assert len(tensors) + len(self.tail) == len(self.kernel.arg_names)
         first = tensors[0]
         assert first is not None
+        if traced(first):
+            launch(self.kernel, self.grid, tensors, self.numbers, self.constants, self.options)
+            return
         if not first.is_cuda:
             self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
             return

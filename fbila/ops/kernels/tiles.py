@@ -27,11 +27,11 @@ def head_offset(i_b, i_h, stride_b, stride_h, ORDER: tl.constexpr, UNIT: tl.cons
 def token_offset(i_n, stride_n, ORDER: tl.constexpr, UNIT: tl.constexpr):
     """Elements from a head's start to its token `i_n`, a scalar."""
     if ORDER == "head_dim":
-        return i_n * (stride_n.to(tl.int64) * UNIT)
+        return i_n * (tl.cast(stride_n, tl.int64) * UNIT)
     elif ORDER == "tokens":
         return i_n
     else:
-        return i_n * stride_n.to(tl.int64)
+        return i_n * tl.cast(stride_n, tl.int64)
 
 
 @triton.jit
@@ -43,9 +43,9 @@ def tile_offset(
     rows = tl.arange(0, ROWS).to(tl.int64)[:, None]
     columns = (first + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
     if ORDER == "head_dim":
-        return rows * (stride_n.to(tl.int64) * UNIT) + columns
+        return rows * (tl.cast(stride_n, tl.int64) * UNIT) + columns
     elif ORDER == "tokens":
-        return rows + columns * (stride_d.to(tl.int64) * UNIT)
+        return rows + columns * (tl.cast(stride_d, tl.int64) * UNIT)
     else:
         return rows * stride_n + columns * stride_d
 
