@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.add_products_library import add_products_
 from ..ops.norm_library import layer_norm_leaky_relu
 
 
@@ -71,8 +72,9 @@ class FusedProjections(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(query, key, value) of x `(B, N, C)`, each a `(B, H, N, D)` view of a wider tensor."""
         y = F.linear(x, self.weight, self.bias)
-        # Autocast leaves operations in place as they are, and compilers take them apart.
-        in_place = self.weight.dtype == y.dtype and not torch.compiler.is_compiling()
+        # Autocast leaves operations in place as they are; the op in place has no gradients.
+        differentiable = torch.compiler.is_compiling() and torch.is_grad_enabled()
+        in_place = self.weight.dtype == y.dtype and not differentiable
         return self._in_place(y) if in_place else self._elsewhere(y)
 
     def _in_place(self, y: Tensor) -> tuple[Tensor, ...]:
@@ -81,8 +83,7 @@ class FusedProjections(nn.Module):
         mid, dim, head_dim = self.mid_dim, self.dim, self.dim // self.heads
         if mid:
             first = y.as_strided((2, B * N, mid), (mid, width, 1))
-            both = y.as_strided((2, B * N, dim), (dim, width, 1), 2 * mid)
-            both.baddbmm_(self._normed(first), self.second)
+            add_products_(y, self._normed(first), self.second, 2 * mid)
         size, stride = (B, self.heads, N, head_dim), (N * width, head_dim, width, 1)
         return tuple(y.as_strided(size, stride, 2 * mid + i * dim) for i in range(3))
 
