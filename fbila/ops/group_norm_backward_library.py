@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Union
 import torch
 
 from .autograd import refuse_second_derivative
+from .group_sizes import is_short
 from .library import LIBRARY, sum_dtype
 from .memory_format import dense, dtypes_of, empty_in_order, is_channels_last
 
@@ -36,15 +37,10 @@ def planned(
     silu: bool,
 ) -> Union["GroupNormBackward", "ShortGroupNormBackward"]:
     """others: dtypes of shift, biases and weight, which kernels are compiled for as well."""
-    from .kernels.channels import Planes
     from .kernels.group_norm_backward import GroupNormBackward
-    from .kernels.short_group_norm import LONGEST
     from .kernels.short_group_norm_backward import ShortGroupNormBackward
 
-    planes = Planes.of(shape, dtype)
-    # The size of the batch must not enter.
-    short = planes.channels // groups * planes.positions <= LONGEST
-    plan = ShortGroupNormBackward if short else GroupNormBackward
+    plan = ShortGroupNormBackward if is_short(shape, groups) else GroupNormBackward
     return plan(shape, dtype, dtype_y, last, last_y, groups, silu)
 
 

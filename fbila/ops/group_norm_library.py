@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from . import group_norm_backward_library as gradient
 from .autograd import differentiable_by, direct, needs_gradient, require_frozen
+from .group_sizes import is_short
 from .library import LIBRARY, sum_dtype
 from .memory_format import beside, dense, dtypes_of, empty_in_order, is_channels_last
 
@@ -48,14 +49,10 @@ def planned(
     silu: bool,
 ) -> Union["GroupNorm", "ShortGroupNorm"]:
     """others: dtypes of shift, biases and weight, which kernels are compiled for as well."""
-    from .kernels.channels import Planes
     from .kernels.group_norm import GroupNorm
-    from .kernels.short_group_norm import LONGEST, ShortGroupNorm
+    from .kernels.short_group_norm import ShortGroupNorm
 
-    planes = Planes.of(shape, dtype)
-    # The size of the batch must not enter.
-    short = planes.channels // groups * planes.positions <= LONGEST
-    plan = ShortGroupNorm if short else GroupNorm
+    plan = ShortGroupNorm if is_short(shape, groups) else GroupNorm
     return plan(shape, dtype, dtype_y, last, last_y, groups, eps, silu)
 
 

@@ -25,7 +25,14 @@ from untouched import untouched
 from fbila.adapters import AdapterError, fused_blocks, low_memory
 from fbila.adapters.unet import block_checks, block_forwards
 from fbila.adapters.unet.blocks import FusedBlocks
-from fbila.ops import add_bias_library, geglu_library, group_norm_library, norm_library
+from fbila.ops import (
+    add_bias_library,
+    autograd,
+    geglu_library,
+    group_norm_library,
+    group_sizes,
+    norm_library,
+)
 
 LIBRARIES = {
     "group_norm": group_norm_library,
@@ -547,6 +554,28 @@ def test_compiled_it_is_as_it_comes(kernels, by):
                 actual = torch.jit.trace(Positional(unet), inputs, check_trace=False)(*inputs)
         assert torch.equal(actual, expected)
         assert not kernels
+
+
+def test_compiled_it_keeps_the_kernels_of_long_norms(kernels, monkeypatch):
+    torch._dynamo.reset()
+    unet = tiny_unet()
+    expected = predict(unet)
+    fused_blocks(unet)
+    # A channel has 64 positions at first and 4 in the end, and groups have 1 to 4 channels.
+    monkeypatch.setattr(group_sizes, "LONGEST", 63)
+    monkeypatch.setattr(group_norm_library, "direct", autograd.direct)
+    called = []
+
+    def backend(graph, _):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    actual = predict(torch.compile(unet, backend=backend, fullgraph=True))
+    assert_near(actual, expected)
+    assert 0 < sum("fbila.group_norm" in name for name in called) < 31
+    assert not any(
+        op in name for name in called for op in ("add_bias", "geglu", "fbila.layer_norm")
+    )
 
 
 class Positional(nn.Module):

@@ -5,10 +5,9 @@ import torch
 import torch.nn.functional as F
 from helpers import DEVICE, DTYPES
 
-from fbila.ops import group_norm_library
+from fbila.ops import group_norm_library, group_sizes
 from fbila.ops.group_norm_library import group_norm, in_kernel, in_pytorch
 from fbila.ops.kernels import group_norm as split_kernels
-from fbila.ops.kernels import short_group_norm
 from fbila.ops.memory_format import empty_in_order, is_channels_last
 
 # (B, C, ...) and groups: 10 and 12 channels a group, odd sides, one position, fewer axes.
@@ -26,7 +25,7 @@ EPS = 1e-5
 def way(request, monkeypatch):
     """Small tensors take either way, the second with several tiles, parts and steps of a merge."""
     if request.param == "three launches":
-        monkeypatch.setattr(short_group_norm, "LONGEST", 0)
+        monkeypatch.setattr(group_sizes, "LONGEST", 0)
         for name, value in (("STATISTICS", 128), ("APPLY", 128), ("PROGRAMS", 3), ("PARTS", 16)):
             monkeypatch.setattr(split_kernels, name, value)
     group_norm_library.planned.cache_clear()

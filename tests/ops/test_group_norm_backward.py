@@ -5,10 +5,9 @@ import torch
 from helpers import DEVICE, DTYPES
 
 from fbila.ops import group_norm_backward_library as library
-from fbila.ops import group_norm_library
+from fbila.ops import group_norm_library, group_sizes
 from fbila.ops.group_norm_library import forward_in_kernel, forward_in_pytorch, group_norm
 from fbila.ops.kernels import group_norm as split_kernels
-from fbila.ops.kernels import short_group_norm
 from fbila.ops.memory_format import is_channels_last
 
 from .test_group_norm import EPS, SHAPES, exact, in_order, make
@@ -18,7 +17,7 @@ from .test_group_norm import EPS, SHAPES, exact, in_order, make
 def way(request, monkeypatch):
     """As in test_group_norm."""
     if request.param == "three launches":
-        monkeypatch.setattr(short_group_norm, "LONGEST", 0)
+        monkeypatch.setattr(group_sizes, "LONGEST", 0)
         for name, value in (("STATISTICS", 128), ("APPLY", 128), ("PROGRAMS", 3), ("PARTS", 16)):
             monkeypatch.setattr(split_kernels, name, value)
     for planned in (group_norm_library.planned, library.planned):

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...ops.group_sizes import is_short
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What autocast casts.
 _CAST = _DTYPES[:3]
@@ -28,6 +30,22 @@ def serves(x: Any, *modules: nn.Module | None) -> bool:
     if torch.is_autocast_enabled(x.device.type):
         return x.dtype in (torch.float32, read_by_maps(x)) and x.numel() > 0
     return x.dtype in _DTYPES and x.numel() > 0
+
+
+def in_graph(x: Any, norm: Any) -> bool:
+    """Whether the graph that a compiler makes of a stock forward is to have the kernel of its norm.
+
+    Inductor's own norms are as fast where groups are small, and sooner launched.
+    """
+    return (
+        torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and has_kernels(x)
+        and x.dtype in _CAST
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
+        and not is_short(x.shape, norm.num_groups)
+    )
 
 
 def transformed() -> bool:

@@ -19,7 +19,7 @@ from ...ops.geglu_library import geglu
 from ...ops.group_norm_library import group_norm
 from ...ops.norm_library import layer_norm
 from ..host import host
-from .block_checks import plain, plain_norm, pointwise, read_by_maps, serves, takes
+from .block_checks import in_graph, plain, plain_norm, pointwise, read_by_maps, serves, takes
 
 with host("diffusers"):
     from diffusers.models.activations import GEGLU
@@ -32,6 +32,15 @@ def convolve(conv: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     if not plain(conv, nn.Conv2d):
         return conv(x), None
     return conv._conv_forward(x, conv.weight, None), conv.bias
+
+
+def end(x: Tensor, residual: Tensor, *biases: Tensor | None) -> Tensor:
+    """x + residual + biases `(C,)`; compilers make one kernel of it themselves."""
+    if not torch.compiler.is_compiling():
+        return add_bias(x, residual, *biases)
+    for bias in biases:
+        x = x if bias is None else x + bias.view(-1, 1, 1)
+    return x + residual
 
 
 class FusedResnetBlock2D(ResnetBlock2D):
@@ -57,13 +66,14 @@ class FusedResnetBlock2D(ResnetBlock2D):
         residual, residual_bias = input_tensor, None
         if self.conv_shortcut is not None:
             residual, residual_bias = convolve(self.conv_shortcut, input_tensor)
-        return add_bias(hidden, residual, bias, residual_bias)
+        return end(hidden, residual, bias, residual_bias)
 
     def _serves(self, x: Tensor, temb: Any) -> bool:
+        modules = self.norm1, self.norm2, self.conv1, self.conv2, self.conv_shortcut
         return (
             # A hook may have kept this forward beyond the module's time in this class.
             isinstance(self, FusedResnetBlock2D)
-            and serves(x, self.norm1, self.norm2, self.conv1, self.conv2, self.conv_shortcut)
+            and (serves(x, *modules) or in_graph(x, self.norm1))
             and plain_norm(self.norm1, nn.GroupNorm, x)
             and plain_norm(self.norm2, nn.GroupNorm, x)
             and plain(self.nonlinearity, nn.SiLU)
@@ -91,7 +101,7 @@ class FusedTransformer2DModel(Transformer2DModel):
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
         norm, project = self.norm, self.proj_in
-        served = serves(hidden_states, norm, project)
+        served = serves(hidden_states, norm, project) or in_graph(hidden_states, norm)
         if not (served and plain_norm(norm, nn.GroupNorm, hidden_states)):
             return super()._operate_on_continuous_inputs(hidden_states)
         as_linear = self.use_linear_projection or pointwise(project)
@@ -120,7 +130,8 @@ class FusedTransformer2DModel(Transformer2DModel):
     ) -> Tensor:
         project = self.proj_out
         as_linear = self.use_linear_projection or pointwise(project)
-        if not (as_linear and serves(hidden_states, project) and type(residual) is Tensor):
+        served = serves(hidden_states, project) or in_graph(residual, self.norm)
+        if not (as_linear and served and type(residual) is Tensor):
             return super()._get_output_for_continuous_inputs(
                 hidden_states, residual, batch_size, height, width, inner_dim
             )
@@ -132,7 +143,7 @@ class FusedTransformer2DModel(Transformer2DModel):
         else:
             hidden_states, bias = project(hidden_states), None
         picture = hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-        return add_bias(picture, residual, bias)
+        return end(picture, residual, bias)
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -172,7 +183,7 @@ class FusedGroupNorm(nn.GroupNorm):
         )
 
     def _serves(self, x: Tensor) -> bool:
-        return serves(x, self) and takes(self.weight, x)
+        return (serves(x, self) or in_graph(x, self)) and takes(self.weight, x)
 
     @staticmethod
     def fits(norm: Any) -> bool:

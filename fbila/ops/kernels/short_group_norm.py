@@ -1,4 +1,4 @@
-"""GroupNorm in one launch, a program a group, for groups that one multiprocessor soon goes over.
+"""GroupNorm in one launch, a program a group, for groups that are short (`group_sizes.py`).
 
 The formula is that of `group_norm.py`. The group is read three times: for its mean, for the squares
 about it, and for the result; the second and the third time from the caches.
@@ -13,8 +13,6 @@ from .group_norm import added, normalized
 from .launch import Launch, kernel
 from .tiling import Tiling
 
-# The largest group, in elements.
-LONGEST = 65536
 # Elements of a tile, and its channels in channels_last.
 ELEMENTS, CHANNELS = 8192, 128
 
