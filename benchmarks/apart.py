@@ -1,4 +1,4 @@
-"""Ways to compute a row in processes of their own: compiled side by side, then timed one by one.
+"""Ways to compute rows in processes of their own: compiled side by side, then timed one by one.
 
 A compiler works on one core for a minute and more, and leaves a process slower than it found it. A
 process measures its row with one way alone: it says that it is ready once that is compiled, waits
@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TextIO
 
@@ -20,6 +20,8 @@ from .timing import Call
 from .turns import record_of
 
 READY = "ready"
+# At a time: compilers and models have to fit beside each other in memory.
+PROCESSES = 24
 
 
 class WaitingTimer:
@@ -62,30 +64,46 @@ def own_output() -> TextIO:
     return answers
 
 
-def measure_apart(row: Any, args: Namespace) -> dict:
-    """The record of `row`, each of whose ways has a process."""
-    outcomes: dict[str, dict] = {name: {"skipped": why} for name, why in row.skipped.items()}
-    missing = None
-    children = {way: _start(row, way, args) for way in row.attentions}
+def measure_apart(rows: Sequence[Any], args: Namespace) -> Iterator[tuple[Any, dict]]:
+    """Each row with its record; as many rows at a time as `PROCESSES` have ways."""
+    group: list[Any] = []
+    for row in rows:
+        if group and sum(len(other.attentions) for other in (*group, row)) > PROCESSES:
+            yield from _measure_group(group, args)
+            group = []
+        group.append(row)
+    if group:
+        yield from _measure_group(group, args)
+
+
+def _measure_group(rows: Sequence[Any], args: Namespace) -> Iterator[tuple[Any, dict]]:
+    children = {(row.name, way): _start(row, way, args) for row in rows for way in row.attentions}
     try:
         # All are compiled before the first is timed.
-        first = {way: child.stdout.readline() for way, child in children.items()}
-        for way, child in children.items():
-            line = first[way]
-            if line.strip() == READY:
-                child.stdin.write("\n")
-                child.stdin.flush()
-                line = child.stdout.readline()
-            # Before it is gone, its memory is not free for the next.
-            status = child.wait()
-            record = json.loads(line) if line else {}
-            reason = record.get("reason", f"its process ended with status {status}")
-            outcomes[way] = record.get("attentions", {}).get(way, {"failed": reason})
-            missing = missing or record.get("missing_reference")
+        first = {key: child.stdout.readline() for key, child in children.items()}
+        for row in rows:
+            outcomes: dict[str, dict] = {way: {"skipped": why} for way, why in row.skipped.items()}
+            missing = None
+            for way in row.attentions:
+                child = children[row.name, way]
+                record = _record(child, first[row.name, way])
+                # Before it is gone, its memory is not free for the next.
+                reason = record.get("reason", f"its process ended with status {child.wait()}")
+                outcomes[way] = record.get("attentions", {}).get(way, {"failed": reason})
+                missing = missing or record.get("missing_reference")
+            yield row, record_of(row, outcomes, missing)
     finally:
         for child in children.values():
             child.kill()
-    return record_of(row, outcomes, missing)
+
+
+def _record(child: Any, line: str) -> dict:
+    """What a process answers whose first line is this one."""
+    if line.strip() == READY:
+        child.stdin.write("\n")
+        child.stdin.flush()
+        line = child.stdout.readline()
+    return json.loads(line) if line else {}
 
 
 def _start(row: Any, way: str, args: Namespace) -> Any:

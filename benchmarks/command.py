@@ -1,7 +1,7 @@
 """The command line of benchmarks of whole models: rows chosen by name, measured one by one."""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ def parse(name: str, description: str, argv: Sequence[str] | None) -> argparse.N
     add("--output", type=Path, metavar="JSON", help="written after each row")
     add("--resume", action="store_true", help="keep what --output has already")
     add("--seconds", type=float, default=2.0, help="of repeats for each turn (%(default)s)")
-    add("--apart", action="store_true", help="compile the ways of a row in processes, side by side")
+    add("--apart", action="store_true", help="compile all ways in processes, side by side")
     add("--way", help=argparse.SUPPRESS)
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny models, to try it out")
     args = parser.parse_args(argv)
@@ -63,10 +63,15 @@ def run(
         return 0
     machine = {**describe(), library: version(library), "device": args.device}
     results = Results(machine, args.output, resume=args.resume)
+    pending = [row for row in rows if row.name not in results.cases]
+    apart = [row for row in pending if args.apart and row.mode != "eager"]
+
+    def records() -> Iterator[tuple[Any, dict]]:
+        yield from ((row, measure(row)) for row in pending if row not in apart)
+        yield from measure_apart(apart, args)
+
     # tqdm's own line stays below what is written.
-    for row in tqdm([row for row in rows if row.name not in results.cases]):
-        compiles = args.apart and row.mode != "eager"
-        record = measure_apart(row, args) if compiles else measure(row)
+    for row, record in tqdm(records(), total=len(pending)):
         # Rows of several runs may come to be in one file.
         results.add(row.name, record | {"sources": machine["sources"]})
         tqdm.write("\n".join(lines(row.name, record)))

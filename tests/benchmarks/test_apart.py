@@ -1,8 +1,10 @@
 """Ways in processes of their own make the record that one process would make."""
 
 import argparse
+import json
 from dataclasses import replace
 
+from benchmarks import apart
 from benchmarks.apart import measure_apart
 from benchmarks.unet.goals import Goal
 from benchmarks.unet.rows import TINY_ROWS, select
@@ -13,7 +15,7 @@ def test_each_way_has_a_process(capfd):
     args = argparse.Namespace(name="benchmarks.unet", device="cpu", seconds=0.0)
     goals = (Goal("official", "nothing", 1.0),)
     row = replace(row, attentions=("official", "nothing"), skipped={"sdpa": "slow"}, goals=goals)
-    record = measure_apart(row, args)
+    ((_, record),) = measure_apart([row], args)
     assert record["case"]["attentions"] == ("official", "nothing")
     official, nothing, skipped = (record["attentions"][n] for n in ("official", "nothing", "sdpa"))
     assert 0 < official["ms_20"] <= official["ms"] <= official["ms_80"]
@@ -29,6 +31,40 @@ def test_each_way_has_a_process(capfd):
 def test_a_process_that_dies_is_a_failure():
     (row,) = select(TINY_ROWS, ["eager/tiny/64"])
     args = argparse.Namespace(name="benchmarks.nowhere", device="cpu", seconds=0.0)
-    record = measure_apart(replace(row, attentions=("official",), goals=()), args)
+    row = replace(row, attentions=("official",), goals=())
+    ((_, record),) = measure_apart([row], args)
     assert record["attentions"]["official"] == {"failed": "its process ended with status 1"}
     assert record["status"] == "failed"
+
+
+def test_rows_are_compiled_together(monkeypatch):
+    rows = [replace(row, attentions=("official",), goals=()) for row in TINY_ROWS[:3]]
+    order = []
+
+    class Child:
+        def __init__(self, row, way, args):
+            self.row, self.stdin, self.stdout = row, self, self
+            self.lines = ["ready\n", json.dumps({"attentions": {way: {"row": row.name}}})]
+            order.append("start")
+
+        def readline(self):
+            return self.lines.pop(0)
+
+        def write(self, text):
+            order.append(self.row.name)
+
+        def flush(self):
+            pass
+
+        kill = flush
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(apart, "_start", Child)
+    monkeypatch.setattr(apart, "PROCESSES", 2)
+    monkeypatch.setattr(apart, "record_of", lambda row, outcomes, missing: outcomes)
+    records = list(measure_apart(rows, None))
+    names = [row.name for row in rows]
+    assert [record["official"]["row"] for _, record in records] == names
+    assert order == ["start", "start", *names[:2], "start", names[2]]
