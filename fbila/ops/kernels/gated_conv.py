@@ -93,16 +93,18 @@ def add_row(
 @kernel
 def gated_conv_kernel(
     h, taps, bias, y,
-    height: "i64", width: "i64", channels: "i64", rows: "i64", strips: "i32", chunks: "i32",
+    height: "i64", width: "i64", channels: "i64", rows: "i64",
+    blocks: "i32", strips: "i32", chunks: "i32",
     UNIT: tl.constexpr, QUADS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    i_s = tl.program_id(0)
+    # Programs that run together read channels that are side by side.
+    o_c = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i_s = tl.program_id(0) // blocks
     strip = (i_s % strips).to(tl.int64)
     first = (i_s // strips % chunks).to(tl.int64) * rows
     i_b = (i_s // strips // chunks).to(tl.int64)
     C = channels * UNIT
     o_x = strip * (4 * QUADS) + 4 * tl.arange(0, QUADS)
-    o_c = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_c = inside(o_c, channels, UNIT)
     m_l = ((o_x > 0) & (o_x <= width))[:, None] & m_c[None, :]
     m_0 = (o_x < width)[:, None] & m_c[None, :]
@@ -184,8 +186,8 @@ def plan_gated_conv(
     chunks = triton.cdiv(H, rows)
     return Launch(
         gated_conv_kernel,
-        (B * chunks * strips, blocks),
-        (H, W, C // unit, rows, strips, chunks),
+        (B * chunks * strips * blocks, 1),
+        (H, W, C // unit, rows, blocks, strips, chunks),
         {"UNIT": unit, "QUADS": quads, "BLOCK": block, "ACC": Tiling.acc(dtype)},
         {"num_warps": _WARPS, "num_stages": 1},
     )
