@@ -27,8 +27,9 @@ def beside(
         # Not through its hooks, which may be those of the original.
         actual = modules[name].forward(*args, **kwargs).double()
         difference = (actual - expected.double()).norm() / expected.double().norm()
-        # (B, N, C), or a picture (B, C, height, width).
-        tokens = expected.shape[1] if expected.dim() == 3 else expected[0, 0].numel()
+        # A picture (B, C, height, width), or (B, ..., C).
+        channel = expected[0, 0] if expected.dim() == 4 else expected[0, ..., 0]
+        tokens = channel.numel()
         drifts.append(LayerDrift(name, tokens, difference.item(), bool(actual.isfinite().all())))
 
     hooks = [

@@ -11,12 +11,12 @@ class AdapterError(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One attention module of the model.
+    """One module of the model, of attention where nothing else is said.
 
     Attributes:
         name: Its path in the model.
         source: Class of the module that the model came with.
-        heads, head_dim: Its shape; 0 if its class does not say.
+        heads, head_dim: Its shape; 0 if its class does not say, or is no attention.
         target: Class of the module that takes its place, `""` if it is skipped.
         reason: Why it is skipped, `""` if it is swapped.
     """
@@ -30,8 +30,8 @@ class Entry:
 
     @property
     def shape(self) -> str:
-        """`heads x head_dim`, as it is printed."""
-        return f"{self.heads} x {self.head_dim}" if self.heads else "?"
+        """`heads x head_dim`, as it is printed; `""` if it has none."""
+        return f"{self.heads} x {self.head_dim}" if self.heads else ""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class LayerDrift:
 
 @dataclass(frozen=True)
 class SwapReport:
-    """The attention modules of a model, swapped and skipped.
+    """The modules of a model that an adapter looked at, swapped and skipped.
 
     Attributes:
         model: Class of the model.

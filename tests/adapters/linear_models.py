@@ -99,20 +99,20 @@ def _sana_inputs() -> dict:
 
 
 CASES = {
-    "Sana": Case(sana, _sana_inputs, 2, 2),
-    "Sana, norms": Case(lambda: sana(qk_norm="rms_norm_across_heads"), _sana_inputs, 2, 2),
+    "Sana": Case(sana, _sana_inputs, 4, 2),
+    "Sana, norms": Case(lambda: sana(qk_norm="rms_norm_across_heads"), _sana_inputs, 4, 2),
     "ControlNet": Case(
         controlnet,
         lambda: {
             **_sana_inputs(), "controlnet_cond": _normal(2, 4, 8, 10), "conditioning_scale": 1.0,
         },
-        2,
+        4,
         2,
     ),
     "SanaVideo": Case(
-        sana_video, lambda: {**_sana_inputs(), "hidden_states": _normal(2, 4, 3, 4, 6)}, 2, 2
+        sana_video, lambda: {**_sana_inputs(), "hidden_states": _normal(2, 4, 3, 4, 6)}, 4, 2
     ),
-    "DC-AE": Case(dc_ae, lambda: {"sample": _normal(2, 3, 32, 48), "return_dict": False}, 4),
+    "DC-AE": Case(dc_ae, lambda: {"sample": _normal(2, 3, 32, 48), "return_dict": False}, 8),
     "EfficientViT": Case(efficientvit, lambda: {"x": _normal(2, 3, 96, 128)}, 3),
     "CoaT": Case(coat, lambda: {"x": _normal(2, 3, 64, 64)}, 7),
 }  # fmt: skip

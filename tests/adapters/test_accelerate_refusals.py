@@ -41,7 +41,7 @@ def test_cross_attention_and_custom_processors_stay():
     assert reason_of(model, "transformer_blocks.0.attn1") == f"runs Custom, {words}"
     assert reason_of(model, "transformer_blocks.0.attn2") == f"runs SanaAttnProcessor2_0, {words}"
     handle = fbila.accelerate(model)
-    assert list(handle.modules) == ["transformer_blocks.1.attn1"]
+    assert list(handle.modules) == [f"transformer_blocks.{x}" for x in ("0.ff", "1.attn1", "1.ff")]
     assert blocks[0].attn1.processor is custom
 
 
@@ -94,15 +94,15 @@ def test_nothing_to_accelerate_is_an_error():
     for block in model.transformer_blocks:
         block.attn1.set_processor(AttnProcessor2_0())
     with pytest.raises(AdapterError, match="runs AttnProcessor2_0"):
-        fbila.accelerate(model)
+        fbila.accelerate(model, include=r".*attn\d")
 
 
 def test_names_choose():
     model = sana()
     handle = fbila.accelerate(model, include=r"transformer_blocks\.1\..*")
-    assert list(handle.modules) == ["transformer_blocks.1.attn1"]
+    assert list(handle.modules) == ["transformer_blocks.1.attn1", "transformer_blocks.1.ff"]
     handle.unmount()
-    assert list(fbila.accelerate(model, exclude=["1.attn1"]).modules) == [
+    assert list(fbila.accelerate(model, exclude=["1.attn1", "ff"]).modules) == [
         "transformer_blocks.0.attn1"
     ]
 

@@ -19,7 +19,8 @@ from ..selection import Selection, Selector
 from ..shared import over, replacements, why_not_replaced
 from ..swap import SwapHandle, swap_modules, unwrap
 
-# Where a host has a linear attention, and what computes it here. A model with one has imported it.
+# Where a host has a linear attention, or the layer after it, and what computes that here. A model
+# with one has imported it.
 _FAST = (
     ("diffusers.models.attention_processor", "sana", "FastSanaAttention"),
     (
@@ -28,6 +29,12 @@ _FAST = (
         "FastSanaVideoAttention",
     ),
     ("diffusers.models.attention_processor", "dc_ae", "FastMultiscaleAttention"),
+    ("diffusers.models.transformers.sana_transformer", "glumb_conv", "FastGLUMBConv"),
+    (
+        "diffusers.models.transformers.transformer_sana_video",
+        "glumb_temp_conv",
+        "FastGLUMBTempConv",
+    ),
     ("timm.models.efficientvit_mit", "lite_mla", "FastLiteMLA"),
     ("timm.models.coat", "coat", "FastFactorAttention"),
 )
@@ -42,6 +49,9 @@ def accelerate(
     timm's EfficientViT (`efficientvit_*` of MIT: `LiteMLA`) and CoaT. The weights are the model's
     own and the mathematics too: the output is that of the stock model in float32, of which half
     precision no longer makes copies. Gradients flow as before.
+
+    With diffusers' come their norms and their feed-forward layers (`GLUMBConv`), on a GPU and
+    where no gradient is wanted; elsewhere these run their stock forward.
 
     Everything is checked before anything is changed.
 

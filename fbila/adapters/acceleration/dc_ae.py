@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..host import host
 from ..unet.block_checks import plain
 from .aggregation import aggregate
+from .inference import normalize
 from .relu_attention import attend_picture, join_heads, why_not_relu
 from .sana import why_not_processor
 
@@ -51,7 +52,7 @@ class FastMultiscaleAttention(SanaMultiscaleLinearAttention):
         picture = join_heads(outputs, (height, width)).to(hidden_states.dtype)
         y = self.to_out(picture.movedim(1, -1))
         if self.norm_type == "rms_norm":
-            y = self.norm_out(y).movedim(-1, 1)
+            y = normalize(self.norm_out, y).movedim(-1, 1)
         else:
             y = self.norm_out(y.movedim(-1, 1))
         return y + hidden_states if self.residual_connection else y

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..host import host
+from .inference import normalize
 from .relu_attention import relu_attention
 
 with host("diffusers"):
@@ -57,8 +58,10 @@ class FastSanaAttention(Attention):
             mixed = mix(self, batch[:-1].flatten(0, 1), norms=False)
             perturbed = self.to_v(batch[-1])
             y = torch.cat([self._project_out(x, hidden_states) for x in (mixed, perturbed)])
+        if hidden_states.dtype != torch.float16:
+            return y
         # Sana's activations reach beyond float16's range.
-        return y.clip(-65504, 65504) if hidden_states.dtype == torch.float16 else y
+        return y.clip(-65504, 65504) if y.requires_grad else y.clip_(-65504, 65504)
 
     @staticmethod
     def why_not(attn: Any) -> str:
@@ -96,8 +99,8 @@ def mix(
     source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
     q, k, v = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
     if norms and attn.norm_q is not None:
-        q = attn.norm_q(q)
+        q = normalize(attn.norm_q, q)
     if norms and attn.norm_k is not None:
-        k = attn.norm_k(k)
+        k = normalize(attn.norm_k, k)
     q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
     return relu_attention(q, k, v, _EPS, rotary).transpose(1, 2).flatten(2)
