@@ -133,7 +133,7 @@ def test_hooks_are_called(make, place, hook, kernels):
 
 
 OTHERS = {
-    "dilated": lambda: nn.Conv2d(96, 96, 5, padding=4, groups=96, dilation=2),
+    "dilated": lambda: nn.Conv2d(96, 96, 5, padding="same", groups=96, dilation=2),
     "strided": lambda: nn.Conv2d(96, 96, 5, padding=2, groups=96, stride=2),
     "reflecting": lambda: nn.Conv2d(96, 96, 5, padding=2, groups=96, padding_mode="reflect"),
     "unpadded": lambda: nn.Conv2d(96, 96, 5, groups=96),
@@ -181,8 +181,10 @@ def test_other_products_run(groups, kernels):
 def test_autocast_to_another_dtype_is_left_to_stock(make, kernels):
     model, x = made(make), picture()
     fbila.accelerate(model)
+    scale, first = scales_of(model)[0], torch.randn(1, 96, 4, 4, device=DEVICE)
     with torch.autocast(DEVICE, torch.bfloat16):
         model[0](x)
+        assert aggregation.aggregate(first, scale, type(scale)).dtype == torch.bfloat16
     assert not kernels
 
 

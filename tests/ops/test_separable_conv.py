@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import DEVICE, DTYPES
 
+from fbila.ops.kernels.separable_conv import plan_separable_conv
 from fbila.ops.memory_format import is_channels_last
 from fbila.ops.separable_conv_library import convolutions, in_kernel, in_pytorch, separable_conv2d
 
@@ -128,6 +129,18 @@ def test_offsets_beyond_2_31(axis, stride):
     length = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     far = torch.empty(length, dtype=x.dtype, device=DEVICE).as_strided(shape, strides).copy_(x)
     assert torch.equal(in_kernel(far, *weights), in_kernel(x, *weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("D", [1, 16, 24, 64])
+@pytest.mark.parametrize("last", [False, True])
+def test_tiles_are_as_large_as_products_must_be(dtype, D, last):
+    """16 rows and columns; the interpreter takes fewer."""
+    for size in ((1, 1), (1, 3), (5, 1), (2, 2), (40, 40)):
+        shape = (1, D, *size)
+        plan = plan_separable_conv(shape, torch.zeros(shape).stride(), dtype, last, D, 5)
+        assert plan.constants["BLOCK_H"] * plan.constants["BLOCK_W"] >= 16
+        assert plan.constants["BLOCK_D"] >= max(D, 16)
 
 
 @each_function

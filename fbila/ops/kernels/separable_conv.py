@@ -49,9 +49,9 @@ def separable_conv_kernel(
     ACC: tl.constexpr,
 ):  # fmt: skip
     # Groups are fastest: in channels_last they share the lines that theirs begin and end in.
-    i_g, i = (tl.program_id(0) % groups).to(tl.int64), tl.program_id(0) // groups
-    i_w, i = i % w_blocks, i // w_blocks
-    i_h, i_b = i % h_blocks, (i // h_blocks).to(tl.int64)
+    i_g, i_t = (tl.program_id(0) % groups).to(tl.int64), tl.program_id(0) // groups
+    i_w, i_t = i_t % w_blocks, i_t // w_blocks
+    i_h, i_b = i_t % h_blocks, (i_t // h_blocks).to(tl.int64)
     W = width * UNIT_W
     C = groups.to(tl.int64) * D
     o_p = tl.arange(0, BLOCK_H * BLOCK_W)
