@@ -22,8 +22,8 @@ from .tiling import Tiling
 STATISTICS, APPLY = 4096, 4096
 # Programs that each sample is split over, where it is large. The size of the batch must not enter.
 PROGRAMS = 1024
-# Parts that are merged at a time.
-PARTS = 1024
+# Parts that are merged at a time, at most.
+PARTS = 4096
 
 
 @triton.jit
@@ -63,12 +63,19 @@ def group_statistics_kernel(
     b_mean = tl.zeros((BLOCK_C, BLOCK_P), dtype=ACC)
     b_m2 = tl.zeros((BLOCK_C, BLOCK_P), dtype=ACC)
     seen = tl.full((), 0.0, ACC)
-    for i_t in range(0, tiles):
-        o_p = first + i_t * BLOCK_P + tl.arange(0, BLOCK_P)
-        mask = m_c[:, None] & inside(o_p, positions, UNIT_P)[None, :]
+    end = first + tiles * BLOCK_P
+    o_p = first + tl.arange(0, BLOCK_P)
+    mask = m_c[:, None] & inside(o_p, positions, UNIT_P)[None, :]
+    p_x = x + tile_offset(o_c, o_p, channels, positions, UNIT_C, UNIT_P, LAST)
+    b_next = tl.load(p_x, mask=mask, other=0.0)
+    for _ in range(0, tiles):
+        # The next tile is on its way while this one is added.
+        b_x, m_x = b_next.to(ACC), mask
+        o_p += BLOCK_P
+        mask = m_c[:, None] & (inside(o_p, positions, UNIT_P) & (o_p < end))[None, :]
         p_x = x + tile_offset(o_c, o_p, channels, positions, UNIT_C, UNIT_P, LAST)
-        b_x = tl.load(p_x, mask=mask, other=0.0).to(ACC)
-        b_d = tl.where(mask, b_x - b_mean, 0.0)
+        b_next = tl.load(p_x, mask=mask, other=0.0)
+        b_d = tl.where(m_x, b_x - b_mean, 0.0)
         seen += 1.0
         b_mean = tl.fma(b_d, tl.zeros_like(b_d) + 1.0 / seen, b_mean)
         b_m2 = tl.fma(b_d, b_x - b_mean, b_m2)
@@ -201,13 +208,14 @@ class GroupNorm:
             # focused map.
             {"num_warps": warps(block_c * block_p, 32), "num_stages": 1, "enable_fp_fusion": False},
         )
+        block = min(triton.next_power_of_2(planes.channels // groups * parts), PARTS)
         self.merge = Launch(
             group_merge_kernel,
             (planes.samples * groups, 1),
             (all_parts, rows, planes.positions, tiles * block_p, eps, groups,
              planes.channels // groups, parts),
-            {"BLOCK": PARTS, "ACC": acc},
-            {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False},
+            {"BLOCK": block, "ACC": acc},
+            {"num_warps": warps(block, 8), "num_stages": 1, "enable_fp_fusion": False},
         )  # fmt: skip
         block_c, block_p = planes.tile(APPLY, last, last_y)
         c_blocks, p_blocks = planes.blocks(block_c, block_p)

@@ -20,6 +20,9 @@ from .group_norm import added
 from .launch import Launch, kernel
 from .tiling import Tiling
 
+# Parts that are merged at a time.
+PARTS = 1024
+
 
 @triton.jit
 def grad_terms(b_z, b_dy, b_mean, b_r, b_w, b_b, SILU: tl.constexpr):
@@ -175,7 +178,7 @@ class GroupNormBackward:
             group_grad_merge_kernel,
             (all_groups, 1),
             (all_parts, all_groups, planes.positions, of_group[1], parts),
-            {"BLOCK": group_norm.PARTS, "ACC": acc},
+            {"BLOCK": PARTS, "ACC": acc},
             {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False},
         )
         block_c, block_p = planes.tile(group_norm.APPLY, last, last_y)
