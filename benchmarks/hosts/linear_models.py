@@ -45,6 +45,23 @@ def accelerated(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def projections_alone(model: nn.Module) -> Iterator[None]:
+    """A diffusers `Attention` without attention: the products that any kernel leaves."""
+    attention: Any = model.attention
+
+    def forward(hidden_states: Tensor, **_: Any) -> Tensor:
+        attention.to_q(hidden_states)
+        attention.to_k(hidden_states)
+        return attention.to_out[0](attention.to_v(hidden_states))
+
+    attention.forward = forward
+    try:
+        yield
+    finally:
+        del attention.forward
+
+
 class OneModule(nn.Module):
     """A model of one attention module, which is its child so that it can be replaced."""
 

@@ -34,12 +34,16 @@ _TINY = {
 
 
 def _rows(measured: dict) -> tuple[Row, ...]:
-    two = ("stock", "accelerated")
     return tuple(
-        Row(kind, "eager", host, px, batch, two, goals=_of(goals, host, px), dtype=dtype)
+        Row(kind, "eager", host, px, batch, _ways(host), goals=_of(goals, host, px), dtype=dtype)
         for (kind, dtype, host), (batches, goals) in measured.items()
         for px, batch in batches.items()
     )
+
+
+def _ways(host: str) -> tuple[str, ...]:
+    two = ("stock", "accelerated")
+    return (*two, "projections") if host in ("sana_attention", "sana_video_attention") else two
 
 
 def _of(goals: tuple[Goal, ...], host: str, px: int) -> tuple[Goal, ...]:

@@ -58,6 +58,11 @@ _LINEAR: dict[str, Any] = {
     "ways": {"stock": lambda model: nullcontext(), "accelerated": linear.accelerated},
     "same": {"stock": "stock", "accelerated": "stock"},
 }
+# How fast a module could be whose attention took no time.
+_PROJECTED: dict[str, Any] = {
+    "ways": {**_LINEAR["ways"], "projections": linear.projections_alone},
+    "same": {**_LINEAR["same"], "projections": "projections"},
+}
 _SANA = {**_LINEAR, "call": linear.call_transformer}
 # In float16 stock's denominators are infinite for long videos, and its attention 0; or 0 where no
 # channel of a query is positive, and its attention NaN.
@@ -70,14 +75,14 @@ HOSTS = {
     "tiny": Host("a tiny ViT", backbones.tiny, **_BACKBONE),
     "sana_1600m": Host("Sana 1.6B", linear.sana, linear.draw_sana, **_SANA),
     "sana_attention": Host(
-        "Sana's attention", linear.sana_attention, linear.draw_sana_tokens, **_LINEAR
+        "Sana's attention", linear.sana_attention, linear.draw_sana_tokens, **_PROJECTED
     ),
     "sana_video_2b": Host("SanaVideo 2B", linear.sana_video, linear.draw_sana_video, **_SANA_VIDEO),
     "sana_video_attention": Host(
         "SanaVideo's attention",
         linear.sana_video_attention,
         linear.draw_video_tokens,
-        **{**_SANA_VIDEO, "call": linear.call_rotated},
+        **{**_PROJECTED, "call": linear.call_rotated, "largest": _SANA_VIDEO["largest"]},
     ),
     "dc_ae_f32": Host("DC-AE-f32, decoding", linear.dc_ae, linear.draw_latents, **_DC_AE),
     "dc_ae_attention": Host(
