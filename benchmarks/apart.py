@@ -21,7 +21,7 @@ from .turns import record_of
 
 READY = "ready"
 # At a time: compilers and models have to fit beside each other in memory.
-PROCESSES = 24
+PROCESSES = 12
 
 
 class WaitingTimer:

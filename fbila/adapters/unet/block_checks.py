@@ -38,8 +38,8 @@ def in_graph(x: Any, norm: Any) -> bool:
     Inductor's own norms are as fast where groups are small, and sooner launched.
     """
     return (
-        torch.compiler.is_compiling()
-        and not torch.compiler.is_exporting()
+        # Not what exports by running Python.
+        torch.compiler.is_dynamo_compiling()
         and has_kernels(x)
         and x.dtype in _CAST
         and not torch.is_grad_enabled()
