@@ -46,6 +46,17 @@ def parts(function, *tensors):
     """The graph's kernels with what each writes to, and fbila's ops."""
     with torch.no_grad():
         graph, _ = aot_export_module(Call(function), tensors, trace_joint=False)
+    return parts_of(graph)
+
+
+def exported(function, *tensors):
+    """The same of what torch.export writes."""
+    with torch.no_grad():
+        program = torch.export.export(Call(function), tensors)
+    return parts_of(program.run_decompositions())
+
+
+def parts_of(graph):
     found = []
     for node in graph.graph.nodes:
         name = str(node.target)
@@ -82,6 +93,7 @@ def main():
         far = torch.empty(1, device="cuda", dtype=torch.float16)
         far = far.as_strided((2, 8, 300, 64), (2**31, 64, 512, 1))
         graphs["far"] = parts(attend, far, far, far)
+        graphs["exported"] = exported(attend, *heads(64, 300))
     q = of_any_length()
     with q.fake_mode:
         graphs["symbols"] = parts(attend, q, q, q)

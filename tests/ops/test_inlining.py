@@ -52,8 +52,8 @@ def test_norms_are_kernels(on_hopper):
     assert on_hopper["norm"] == [["kernel", "o"]]
 
 
-@pytest.mark.parametrize("case", ["float64", "far", "symbols"])
-def test_what_numbers_of_32_bits_do_not_reach_stays_an_op(case, on_hopper):
+@pytest.mark.parametrize("case", ["float64", "far", "symbols", "exported"])
+def test_elsewhere_the_op_stays(case, on_hopper):
     assert on_hopper[case] == [["fbila.linear_attn.default"]]
 
 
