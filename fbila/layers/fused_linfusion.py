@@ -72,9 +72,8 @@ class FusedProjections(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(query, key, value) of x `(B, N, C)`, each a `(B, H, N, D)` view of a wider tensor."""
         y = F.linear(x, self.weight, self.bias)
-        # Autocast leaves operations in place as they are; the op in place has no gradients.
-        differentiable = torch.compiler.is_compiling() and torch.is_grad_enabled()
-        in_place = self.weight.dtype == y.dtype and not differentiable
+        # Autocast leaves operations in place as they are, and they have no gradients.
+        in_place = self.weight.dtype == y.dtype and not y.requires_grad
         return self._in_place(y) if in_place else self._elsewhere(y)
 
     def _in_place(self, y: Tensor) -> tuple[Tensor, ...]:

@@ -148,3 +148,44 @@ def test_under_autocast(unet):
         linfusion.fuse()
         fused = tiny_models.predict(unet).float()
     assert (fused - plain).norm() <= 0.02 * plain.norm()
+
+
+@pytest.fixture
+def layers():
+    """A frozen layer, and the same one fused."""
+    torch.manual_seed(0)
+    layer = GeneralizedLinearAttention(64, 4).requires_grad_(False)
+    fused = copy.deepcopy(layer)
+    fused.fuse()
+    return layer, fused
+
+
+@pytest.mark.parametrize("by", ["eager", "compile"])
+def test_the_input_may_have_a_gradient(layers, by):
+    torch._dynamo.reset()
+    gradients = []
+    for layer in layers:
+        torch.manual_seed(1)
+        x = torch.randn(2, 30, 64, requires_grad=True)
+        if by == "compile":
+            layer = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        layer(x).square().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-5)
+
+
+def test_compiled_lengths_share_two_graphs_that_add_in_place(layers):
+    torch._dynamo.reset()
+    called = []
+
+    def backend(graph, _):
+        called.append({str(node.target) for node in graph.graph.nodes})
+        return graph
+
+    compiled = torch.compile(layers[1], backend=backend, fullgraph=True)
+    with torch.inference_mode():
+        for tokens in (30, 49, 64, 81):
+            x = torch.randn(2, tokens, 64)
+            torch.testing.assert_close(compiled(x), layers[0](x), rtol=0, atol=1e-5)
+    assert len(called) == 2
+    assert all(any("add_products_" in name for name in names) for names in called)
