@@ -127,6 +127,7 @@ class Tiling:
     num_stages: int
     span: int
     fewest: tuple[int, int, bool]
+    usual: int
     sums: bool
     halves: bool
     itemsize: int
@@ -191,6 +192,7 @@ class Tiling:
             num_stages=stages,
             span=schedule.span,
             fewest=few_programs(kernel, max(K, V)),
+            usual=usual_programs(kernel, max(K, V)),
             sums=sums,
             halves=(
                 dtype.itemsize == 2
@@ -239,9 +241,10 @@ class Tiling:
     def split(self, tokens: int) -> tuple[int, int]:
         """(tokens a program sums, number of programs) for a sum over `tokens`.
 
-        Programs of `span` tokens, but where that would be fewer, up to `most` of about `least`,
-        and up to twice as many of half as many where `twice` allows it: writing the partial sums
-        must stay small beside reading the tokens. B and H must not enter: see `kernels.state`.
+        Programs of `span` tokens, but where that would be fewer, up to `usual` of a thousand
+        tokens and more, or up to `most` of about `least`, and up to twice as many of half as many
+        where `twice` allows it: writing the partial sums must stay small beside reading the
+        tokens. B and H must not enter: see `kernels.state`.
         """
         most, least, twice = self.fewest
         if twice and tokens <= most * least:
@@ -250,7 +253,7 @@ class Tiling:
         if twice and splits == 2:
             # Two halves of a few hundred tokens write nearly as much as they read.
             splits = 1
-        splits = max(splits, triton.cdiv(tokens, self.span))
+        splits = max(splits, min(self.usual, tokens // 1024), triton.cdiv(tokens, self.span))
         chunk = triton.cdiv(triton.cdiv(tokens, splits), self.block_tokens) * self.block_tokens
         return chunk, triton.cdiv(tokens, chunk)
 
@@ -302,6 +305,16 @@ def few_programs(kernel: str, width: int) -> tuple[int, int, bool]:
     if width > 160:
         return 4, 1024, False
     return 8, 512, kernel == "state" and width <= 64
+
+
+def usual_programs(kernel: str, width: int) -> int:
+    """Programs of `Tiling.split` over many tokens, for the 16 heads of a UNet's two pictures.
+
+    Eight of each, as other heads have, would not reach all multiprocessors once.
+    """
+    if kernel != "state":
+        return 1
+    return 32 if 32 < width <= 48 else 16 if 64 < width <= 80 else 1
 
 
 def require_float64_products() -> None:
