@@ -27,6 +27,13 @@ LIBRARY.define(
 
 
 def in_kernel(x, depthwise, depthwise_bias, pointwise, pointwise_bias):
+    y = empty_in_order(x, has_channels_last(x))
+    fill(y, x, depthwise, depthwise_bias, pointwise, pointwise_bias)
+    return y
+
+
+def fill(y, x, depthwise, depthwise_bias, pointwise, pointwise_bias):
+    """`in_kernel` whose result is y: x's shape, and dense in its order but for the batch."""
     from .kernels.separable_conv import plan_separable_conv
 
     check(x, depthwise, depthwise_bias, pointwise, pointwise_bias)
@@ -34,14 +41,16 @@ def in_kernel(x, depthwise, depthwise_bias, pointwise, pointwise_bias):
     last = has_channels_last(x)
     if not last and x.stride(3) != 1 and x.shape[3] > 1:
         x = x.contiguous()
-    y = empty_in_order(x, last)
-    if y.numel():
+    if not y.numel():
+        return
+    if last:
         # Channels side by side, in the dtype of the sums: read by every program.
         taps = x.new_empty((k * k, C), dtype=sum_dtype(x)).copy_(depthwise.view(C, k * k).t())
-        biases = [b if b is None else b.contiguous() for b in (depthwise_bias, pointwise_bias)]
-        run = plan_separable_conv(x.shape, x.stride(), x.dtype, last, D, k)
-        run(x, taps, biases[0], pointwise.contiguous(), biases[1], y)
-    return y
+    else:
+        taps = depthwise.contiguous()
+    biases = [b if b is None else b.contiguous() for b in (depthwise_bias, pointwise_bias)]
+    run = plan_separable_conv(x.shape, x.stride(), x.dtype, last, D, k, y.stride(0))
+    run(x, taps, biases[0], pointwise.contiguous(), biases[1], y)
 
 
 def check(x, depthwise, depthwise_bias, pointwise, pointwise_bias):
@@ -114,3 +123,35 @@ def separable_conv2d(
     if direct(*tensors) and not needs_gradient(*tensors):
         return in_kernel(*tensors)
     return torch.ops.fbila.separable_conv2d(*tensors)
+
+
+def separable_conv2d_into(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    depthwise: torch.Tensor,
+    depthwise_bias: torch.Tensor | None,
+    pointwise: torch.Tensor,
+    pointwise_bias: torch.Tensor | None,
+) -> None:
+    """`separable_conv2d` into y, which may be channels of a larger picture.
+
+    For callers who know that the kernel can be launched: `direct`, and no gradient is wanted.
+
+    Args:
+        y: `(B, C, H, W)`, x's dtype and order. Its samples are dense, and may lie further apart.
+
+    Raises:
+        ValueError: If y is of another form, or a weight is.
+    """
+    last = has_channels_last(x)
+    # Without its samples' distance; an axis of length 1 may have any stride.
+    dense = y[:1].is_contiguous(
+        memory_format=torch.channels_last if last else torch.contiguous_format
+    )
+    if y.shape != x.shape or y.dtype != x.dtype or y.device != x.device or not dense:
+        order = "channels_last" if last else "contiguous"
+        raise ValueError(
+            f"y must be as x, {list(x.shape)} of {x.dtype} on {x.device}, in {order} samples, got "
+            f"{list(y.shape)} of {y.dtype} on {y.device} with strides {y.stride()}."
+        )
+    fill(y, x, depthwise, depthwise_bias, pointwise, pointwise_bias)

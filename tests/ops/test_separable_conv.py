@@ -6,7 +6,13 @@ from helpers import DEVICE, DTYPES
 
 from fbila.ops.kernels.separable_conv import plan_separable_conv
 from fbila.ops.memory_format import is_channels_last
-from fbila.ops.separable_conv_library import convolutions, in_kernel, in_pytorch, separable_conv2d
+from fbila.ops.separable_conv_library import (
+    convolutions,
+    in_kernel,
+    in_pytorch,
+    separable_conv2d,
+    separable_conv2d_into,
+)
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 each_format = pytest.mark.parametrize("order", FORMATS, ids=["nchw", "channels_last"])
@@ -114,6 +120,75 @@ def test_strides(function, view, last):
     assert_near(actual, exact(x, *weights))
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(3, 32, 6, 34), (2, 24, 5, 7), (1, 32, 4, 6), (2, 16, 1, 1)])
+@each_format
+def test_into_a_part_of_a_larger_tensor(shape, dtype, order):
+    """Whatever lies between the samples of y, and before and behind them, stays."""
+    B, C, H, W = shape
+    x, *weights = draw(shape, 8, 3, dtype, order=order)
+    # An odd number of elements from sample to sample, from 8 bytes on in memory.
+    size, first = C * H * W, 8 // dtype.itemsize
+    step = size + 7 + size % 2
+    memory = torch.full((first + B * step,), 7.0, dtype=dtype, device=DEVICE)
+    strides = (step, 1, W * C, C) if order is torch.channels_last else (step, H * W, W, 1)
+    y = memory.as_strided(shape, strides, first)
+    untouched = torch.ones_like(memory, dtype=torch.bool)
+    untouched.as_strided(shape, strides, first).fill_(False)
+    separable_conv2d_into(y, x, *weights)
+    assert_near(y, exact(x, *weights))
+    assert (memory[untouched] == 7).all()
+
+
+@each_format
+def test_one_part_of_a_picture_is_made_of_another(order):
+    """In channels_last the pixels of a part are not dense, which y must be."""
+    whole = torch.zeros(3, 48, 5, 6, device=DEVICE).contiguous(memory_format=order)
+    parts = whole.chunk(3, 1)
+    x, *weights = draw((3, 16, 5, 6), 8, 3, torch.float32)
+    parts[0].copy_(x)
+    if order is torch.channels_last:
+        with pytest.raises(ValueError, match="channels_last samples"):
+            separable_conv2d_into(parts[1], parts[0], *weights)
+    else:
+        separable_conv2d_into(parts[1], parts[0], *weights)
+        assert_near(parts[1], exact(x, *weights))
+        assert torch.equal(parts[0], x) and not parts[2].any()
+
+
+@pytest.mark.parametrize(
+    "y",
+    [
+        torch.zeros(2, 16, 4, 6),
+        torch.zeros(3, 16, 4, 5),
+        torch.zeros(2, 16, 4, 5).half(),
+        torch.zeros(2, 16, 4, 5).contiguous(memory_format=torch.channels_last),
+        torch.zeros(2, 16, 4, 10)[..., ::2],
+    ],
+    ids=["width", "batch", "dtype", "order", "columns"],
+)
+def test_results_of_another_form(y):
+    with pytest.raises(ValueError, match="y must be as x"):
+        separable_conv2d_into(y.to(DEVICE), *draw((2, 16, 4, 5), 8, 3, torch.float32))
+
+
+def test_alignment_is_told_of_dense_results():
+    """By a unit of all the elements that an access may have, and of those that samples allow."""
+
+    def unit(shape, last, step):
+        stride = torch.zeros(shape).stride()
+        plan = plan_separable_conv(shape, stride, torch.float16, last, 16, 3, step)
+        return plan.constants["UNIT_Y"]
+
+    shape, size = (2, 32, 4, 6), 32 * 4 * 6
+    assert [unit(shape, last, size) for last in (False, True)] == [2, 8]
+    assert [unit(shape, last, size + 2) for last in (False, True)] == [2, 2]
+    assert [unit(shape, last, size + 1) for last in (False, True)] == [1, 1]
+    # Of a single sample there is no next one.
+    assert [unit((1, *shape[1:]), last, 1) for last in (False, True)] == [2, 8]
+    assert unit((2, 32, 4, 5), False, size) == 1
+
+
 @pytest.mark.parametrize(
     ("axis", "stride"), [(0, 3 * 2**28), (1, 9 * 2**24), (2, 2**28), (3, 2**28)], ids=str
 )
@@ -138,7 +213,8 @@ def test_tiles_are_as_large_as_products_must_be(dtype, D, last):
     """16 rows and columns; the interpreter takes fewer."""
     for size in ((1, 1), (1, 3), (5, 1), (2, 2), (40, 40)):
         shape = (1, D, *size)
-        plan = plan_separable_conv(shape, torch.zeros(shape).stride(), dtype, last, D, 5)
+        stride = torch.zeros(shape).stride()
+        plan = plan_separable_conv(shape, stride, dtype, last, D, 5, stride[0])
         assert plan.constants["BLOCK_H"] * plan.constants["BLOCK_W"] >= 16
         assert plan.constants["BLOCK_D"] >= max(D, 16)
 

@@ -7,7 +7,9 @@ A program takes the D channels of a group at `BLOCK_H * BLOCK_W` positions. z, r
 never leaves it. The k * k shifted tiles of x overlap, and come from the caches but for the first.
 
 Tiles are `(positions, channels)` in channels_last and `(channels, positions)` in NCHW: the axis
-that is contiguous in memory is the last.
+that is contiguous in memory is the last. taps are `(k * k, C)` in the dtype of the sums in
+channels_last, where a thread has several channels, and in NCHW, where a warp has one at a time,
+`(C, k * k)` as the weight is.
 """
 
 import math
@@ -41,9 +43,9 @@ def by_position(v, LAST: tl.constexpr):
 @kernel
 def separable_conv_kernel(
     x, taps, taps_bias, pointwise, pointwise_bias, y,
-    x_sample: "i64", x_channel: "i64", x_row: "i64", x_column: "i64",
+    x_sample: "i64", x_channel: "i64", x_row: "i64", x_column: "i64", y_sample: "i64",
     height: "i32", width: "i32", groups: "i32", h_blocks: "i32", w_blocks: "i32",
-    UNIT: tl.constexpr, UNIT_W: tl.constexpr, LAST: tl.constexpr,
+    UNIT: tl.constexpr, UNIT_W: tl.constexpr, UNIT_Y: tl.constexpr, LAST: tl.constexpr,
     D: tl.constexpr, KERNEL: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     ACC: tl.constexpr,
@@ -74,7 +76,11 @@ def separable_conv_kernel(
             o_j = o_w + (j - KERNEL // 2)
             mask = m_c & by_position(m_i & (o_j >= 0) & (o_j < W), LAST)
             b_x = tl.load(p_row + (j - KERNEL // 2) * x_column, mask=mask, other=0.0).to(ACC)
-            b_tap = tl.load(taps + (i * KERNEL + j) * C + o_c, mask=m_d, other=0.0)
+            if LAST:
+                p_tap = taps + (i * KERNEL + j) * C + o_c
+            else:
+                p_tap = taps + o_c * (KERNEL * KERNEL) + (i * KERNEL + j)
+            b_tap = tl.load(p_tap, mask=m_d, other=0.0).to(ACC)
             b_z = tl.fma(b_x, tl.broadcast_to(by_channel(b_tap, LAST), b_x.shape), b_z)
     if taps_bias is not None:
         b_bias = tl.load(taps_bias + o_c, mask=m_d, other=0.0).to(ACC)
@@ -92,9 +98,9 @@ def separable_conv_kernel(
     if pointwise_bias is not None:
         b_bias = tl.load(pointwise_bias + o_c, mask=m_d, other=0.0).to(ACC)
         b_y += by_channel(b_bias, LAST)
-    # y is dense.
+    # A sample of y is dense.
     plane = height.to(tl.int64) * W
-    sample = y + i_b * C * plane
+    sample = y + i_b * (y_sample * UNIT_Y)
     position = o_h.to(tl.int64) * W + o_w
     if LAST:
         p_y = sample + by_channel(o_c, LAST) + by_position(position * C, LAST)
@@ -112,8 +118,12 @@ def plan_separable_conv(
     last: bool,
     group_channels: int,
     kernel_size: int,
+    y_sample: int,
 ) -> Launch:
-    """shape, stride: of x, whose channels are contiguous where `last`, and whose rows elsewhere."""
+    """shape, stride: of x, whose channels are contiguous where `last`, and whose rows elsewhere.
+
+    y_sample: elements from one sample of y to the next.
+    """
     B, C, H, W = shape
     block_d = max(16, triton.next_power_of_2(group_channels))
     positions = ELEMENTS[dtype.itemsize] // block_d
@@ -127,16 +137,21 @@ def plan_separable_conv(
     # The taps of NCHW are shifted along the contiguous axis: every second one is aligned by pairs.
     wide = 16 // dtype.itemsize if last else 2
     unit, unit_w = math.gcd(wide, *strides), 1 if last else math.gcd(wide, W)
+    y_sample = y_sample if B > 1 else 0
+    # Samples need not be aligned to more than pixels or rows are.
+    unit_y = math.gcd(y_sample, wide, group_channels if last else unit_w)
+    steps = [*(s // unit for s in strides), y_sample // unit_y]
     groups, h_blocks, w_blocks = (
         C // group_channels, triton.cdiv(H, block_h), triton.cdiv(W, block_w)
     )  # fmt: skip
     return Launch(
         separable_conv_kernel,
         (B * h_blocks * w_blocks * groups, 1),
-        (*(s // unit for s in strides), H, W // unit_w, groups, h_blocks, w_blocks),
+        (*steps, H, W // unit_w, groups, h_blocks, w_blocks),
         {
             "UNIT": unit,
             "UNIT_W": unit_w,
+            "UNIT_Y": unit_y,
             "LAST": last,
             "D": group_channels,
             "KERNEL": kernel_size,
