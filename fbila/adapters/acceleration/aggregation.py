@@ -19,17 +19,35 @@ from ..unet.block_checks import has_kernels, plain, read_by_maps, transformed
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+# Of a depthwise and a pointwise convolution: weight, bias, weight, bias.
+Weights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+
+
 def aggregate(x: Tensor, stock: nn.Module, kind: type[nn.Module]) -> Tensor:
     """`stock(x)`, where modules of class `kind` are two convolutions, one after the other."""
-    convolutions: list[Any] = list(stock.children())
-    if plain(stock, kind) and len(convolutions) == 2 and _one_kernel(x, *convolutions):
-        first, second = convolutions
-        return separable_conv2d(x, first.weight, first.bias, second.weight, second.bias)
-    return stock(x)
+    weights = weights_of(stock, kind, x, x.shape[1]) if _one_kernel(x) else None
+    if weights is None or needs_gradient(x, *weights):
+        return stock(x)
+    return separable_conv2d(x, *weights)
 
 
-def _one_kernel(x: Tensor, depthwise: Any, pointwise: Any) -> bool:
-    """Whether the kernel stands for the two of them on x."""
+def weights_of(stock: nn.Module, kind: type[nn.Module], x: Tensor, channels: int) -> Weights | None:
+    """Those of `stock`, if it is a `kind` of two convolutions that the kernel stands for.
+
+    Of pictures of so many channels, in the dtype and on the device of x.
+    """
+    convolutions: tuple[Any, ...] = tuple(stock._modules.values())
+    if not plain(stock, kind) or len(convolutions) != 2:
+        return None
+    first, second = convolutions
+    if not _is_depthwise(first, channels) or not _is_pointwise(second, channels):
+        return None
+    weights: Any = (first.weight, first.bias, second.weight, second.bias)
+    return weights if all(fits(weight, x) for weight in weights) else None
+
+
+def _one_kernel(x: Tensor) -> bool:
+    """Whether the kernel runs on x, or an operator that stands for it in a graph."""
     # Compilers are given the operator, whose fake kernel they know; the others see convolutions.
     if not torch.compiler.is_compiling() and (
         transformed() or torch._C._get_tracing_state() is not None
@@ -37,12 +55,7 @@ def _one_kernel(x: Tensor, depthwise: Any, pointwise: Any) -> bool:
         return False
     if type(x) is not Tensor or x.dim() != 4 or not has_kernels(x):
         return False
-    if x.dtype not in _DTYPES or read_by_maps(x) != x.dtype:
-        return False
-    if not _is_depthwise(depthwise, x.shape[1]) or not _is_pointwise(pointwise, x.shape[1]):
-        return False
-    weights = (depthwise.weight, depthwise.bias, pointwise.weight, pointwise.bias)
-    return all(_fits(weight, x) for weight in weights) and not needs_gradient(x, *weights)
+    return x.dtype in _DTYPES and read_by_maps(x) == x.dtype
 
 
 def _is_depthwise(conv: Any, channels: int) -> bool:
@@ -70,7 +83,7 @@ def _is_pointwise(conv: Any, channels: int) -> bool:
     )
 
 
-def _fits(weight: Any, x: Tensor) -> bool:
+def fits(weight: Any, x: Tensor) -> bool:
     """Whether it is an ordinary weight beside x, or none."""
     return weight is None or (
         type(weight) is nn.Parameter and weight.dtype == x.dtype and weight.device == x.device

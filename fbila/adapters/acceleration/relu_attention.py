@@ -25,8 +25,9 @@ def relu_attention(
             the numerator alone.
     """
     # Where norms of q and k keep float32 weights in a model of half precision, v alone is half.
-    dtype = reduce(torch.promote_types, (q.dtype, k.dtype, v.dtype))
-    q, k, v = (x.to(dtype) for x in (q, k, v))
+    if not q.dtype == k.dtype == v.dtype:
+        dtype = reduce(torch.promote_types, (q.dtype, k.dtype, v.dtype))
+        q, k, v = (x.to(dtype) for x in (q, k, v))
     return linear_attn(q, k, v, feature_map="relu", normalizer="sum", eps=eps, rotary=rotary)
 
 
@@ -38,6 +39,19 @@ def attend_picture(qkv: Tensor, head_dim: int, eps: float) -> Tensor:
     heads = qkv.flatten(2).unflatten(1, (-1, 3 * head_dim)).transpose(2, 3)
     q, k, v = heads.chunk(3, dim=3)
     return relu_attention(q, k, v, eps)
+
+
+def attend_contiguous(qkv: Tensor, head_dim: int, eps: float) -> Tensor:
+    """`attend_picture` as a picture `(B, H * D, height, width)`, of a contiguous one.
+
+    Without a gradient: the views that it makes would have a slow one.
+    """
+    B, C, height, width = qkv.shape
+    N = height * width
+    shape, stride = (B, C // (3 * head_dim), N, head_dim), (C * N, 3 * head_dim * N, 1, N)
+    start = qkv.storage_offset()
+    q, k, v = [qkv.as_strided(shape, stride, start + i * head_dim * N) for i in range(3)]
+    return relu_attention(q, k, v, eps).transpose(2, 3).reshape(B, C // 3, height, width)
 
 
 def join_heads(outputs: list[Tensor], size: tuple[int, int]) -> Tensor:
