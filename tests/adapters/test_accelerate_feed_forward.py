@@ -16,8 +16,8 @@ from linear_models import CASES
 from torch import Tensor, nn
 
 import fbila
+from fbila.adapters import kernel_checks
 from fbila.adapters.acceleration import gated_convolutions, inference, plan
-from fbila.adapters.unet import block_checks
 from fbila.ops import functional, gated_conv_library, repeated, rms_norm_library
 
 LIBRARIES = {
@@ -43,7 +43,7 @@ def kernels(monkeypatch):
         if not CUDA:
             monkeypatch.setattr(library, "direct", lambda *_: True)
     if not CUDA:
-        monkeypatch.setattr(block_checks, "has_kernels", lambda _: True)
+        monkeypatch.setattr(kernel_checks, "has_kernels", lambda _: True)
     monkeypatch.setattr(functional, "choose_implementation", lambda *_: "triton")
     monkeypatch.setattr(repeated, "_PASSED", {})
     return called

@@ -22,8 +22,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from untouched import untouched
 
-from fbila.adapters import AdapterError, fused_blocks, low_memory
-from fbila.adapters.unet import block_checks, block_forwards
+from fbila.adapters import AdapterError, fused_blocks, kernel_checks, low_memory
+from fbila.adapters.unet import block_forwards
 from fbila.adapters.unet.blocks import FusedBlocks
 from fbila.ops import (
     add_bias_library,
@@ -63,7 +63,7 @@ def kernels(monkeypatch):
     for name, library in LIBRARIES.items():
         monkeypatch.setattr(block_forwards, name, counted(name))
         monkeypatch.setattr(library, "direct", lambda *tensors: True)
-    monkeypatch.setattr(block_checks, "has_kernels", lambda x: True)
+    monkeypatch.setattr(kernel_checks, "has_kernels", lambda x: True)
     return called
 
 

@@ -12,8 +12,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from untouched import untouched
 
 from fbila import LinFusion
-from fbila.adapters import AdapterError, low_memory
-from fbila.adapters.unet import block_checks, memory_blocks
+from fbila.adapters import AdapterError, kernel_checks, low_memory
+from fbila.adapters.unet import memory_blocks
 from fbila.ops import group_norm_library
 
 
@@ -78,7 +78,7 @@ def test_norms_by_the_kernel(monkeypatch):
         assert y is x
         return y
 
-    monkeypatch.setattr(block_checks, "has_kernels", lambda x: True)
+    monkeypatch.setattr(kernel_checks, "has_kernels", lambda x: True)
     monkeypatch.setattr(
         memory_blocks, "group_norm", lambda *x: group_norm_library.in_kernel(*x, False)
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...ops.autograd import needs_gradient
 from ...ops.separable_conv_library import MAX_GROUP, separable_conv2d
-from ..unet.block_checks import has_kernels, plain, read_by_maps, transformed
+from ..kernel_checks import has_kernels, plain, read_by_maps, transformed
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..host import host
-from ..unet.block_checks import plain
+from ..kernel_checks import plain
 from .aggregation import aggregate
 from .inference import normalize
 from .relu_attention import attend_picture, join_heads, why_not_relu

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops.gated_conv_library import gated_depthwise_conv
-from ..unet.block_checks import plain, pointwise
+from ..kernel_checks import plain, pointwise
 from .inference import infers
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ...ops.rms_norm_library import rms_norm
 from ..host import host
-from ..unet.block_checks import plain, read_by_maps, serves
+from ..kernel_checks import plain, read_by_maps, serves
 
 with host("diffusers"):
     from diffusers.models.normalization import RMSNorm

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...ops.autocast import without_autocast
 from ..host import host
-from ..unet.block_checks import plain, pointwise
+from ..kernel_checks import plain, pointwise
 from .aggregation import aggregate
 from .one_picture import in_one_picture, scales_of
 from .relu_attention import attend_contiguous, attend_picture, join_heads, why_not_relu

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...ops.autograd import direct, needs_gradient
 from ...ops.separable_conv_library import separable_conv2d_into
-from ..unet.block_checks import read_by_maps
+from ..kernel_checks import read_by_maps
 from .aggregation import Weights, fits, weights_of
 
 # Not float32: that a convolution may round to TF32 does not mean that a product may.

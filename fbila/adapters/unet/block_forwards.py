@@ -2,7 +2,7 @@
 
 Each class is one of diffusers' or PyTorch's with another forward and nothing else, so that a module
 changes from one to the other and back by its `__class__`. What kernels do not serve, as
-`block_checks.py` tells, runs the stock forward.
+`kernel_checks.py` tells, runs the stock forward.
 
 Convolutions leave their bias to whatever reads their result next. Under autocast norms write at
 once what the convolutions and linear maps behind them would cast float32 to.
@@ -19,7 +19,7 @@ from ...ops.geglu_library import geglu
 from ...ops.group_norm_library import group_norm
 from ...ops.norm_library import layer_norm
 from ..host import host
-from .block_checks import in_graph, plain, plain_norm, pointwise, read_by_maps, serves, takes
+from ..kernel_checks import in_graph, plain, plain_norm, pointwise, read_by_maps, serves, takes
 
 with host("diffusers"):
     from diffusers.models.activations import GEGLU

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ...layers.linfusion import attend_in_chunks
 from ...ops.group_norm_library import group_norm, group_norm_
 from ...ops.memory_format import is_channels_last, order_of
+from ..kernel_checks import plain, plain_norm, serves
 from ..linfusion.attention import LinFusionAttention
 from ..report import AdapterError
-from .block_checks import plain, plain_norm, serves
 
 # Elements that the norms convert to float32 at a time.
 _ELEMENTS = 2**26

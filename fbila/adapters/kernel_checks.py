@@ -1,11 +1,11 @@
-"""When the kernels stand for what a UNet's block does: its inputs, its modules and their state."""
+"""When kernels stand for what a host's modules do: its inputs, its modules and their state."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...ops.group_sizes import is_short
+from ..ops.group_sizes import is_short
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What autocast casts.
