@@ -5,6 +5,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from block_kernels import kernels  # noqa: F401 - a fixture
 
 for library in (diffusers, transformers):
     library.utils.logging.set_verbosity_error()
