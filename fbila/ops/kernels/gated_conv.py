@@ -51,8 +51,23 @@ def load_silu(p, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def load_tap(p, mask, ACC: tl.constexpr):
+def load_channels(p, mask, ACC: tl.constexpr):
     return tl.load(p, mask=mask, other=0.0).to(ACC)[None, :]
+
+
+@triton.jit
+def load_taps(p, step, mask, ACC: tl.constexpr):
+    """The nine of each channel, row by row, `step` elements from one to the next."""
+    w_0 = load_channels(p, mask, ACC)
+    w_1 = load_channels(p + step, mask, ACC)
+    w_2 = load_channels(p + 2 * step, mask, ACC)
+    w_3 = load_channels(p + 3 * step, mask, ACC)
+    w_4 = load_channels(p + 4 * step, mask, ACC)
+    w_5 = load_channels(p + 5 * step, mask, ACC)
+    w_6 = load_channels(p + 6 * step, mask, ACC)
+    w_7 = load_channels(p + 7 * step, mask, ACC)
+    w_8 = load_channels(p + 8 * step, mask, ACC)
+    return w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7, w_8
 
 
 @triton.jit
@@ -112,30 +127,16 @@ def gated_conv_kernel(
     m_2 = (o_x + 2 < width)[:, None] & m_c[None, :]
     m_3 = (o_x + 3 < width)[:, None] & m_c[None, :]
     m_r = (o_x + 4 < width)[:, None] & m_c[None, :]
-    # Of the values and of the gates, row by row.
-    w_a0 = load_tap(taps + o_c, m_c, ACC)
-    w_a1 = load_tap(taps + 2 * C + o_c, m_c, ACC)
-    w_a2 = load_tap(taps + 4 * C + o_c, m_c, ACC)
-    w_a3 = load_tap(taps + 6 * C + o_c, m_c, ACC)
-    w_a4 = load_tap(taps + 8 * C + o_c, m_c, ACC)
-    w_a5 = load_tap(taps + 10 * C + o_c, m_c, ACC)
-    w_a6 = load_tap(taps + 12 * C + o_c, m_c, ACC)
-    w_a7 = load_tap(taps + 14 * C + o_c, m_c, ACC)
-    w_a8 = load_tap(taps + 16 * C + o_c, m_c, ACC)
-    w_g0 = load_tap(taps + C + o_c, m_c, ACC)
-    w_g1 = load_tap(taps + 3 * C + o_c, m_c, ACC)
-    w_g2 = load_tap(taps + 5 * C + o_c, m_c, ACC)
-    w_g3 = load_tap(taps + 7 * C + o_c, m_c, ACC)
-    w_g4 = load_tap(taps + 9 * C + o_c, m_c, ACC)
-    w_g5 = load_tap(taps + 11 * C + o_c, m_c, ACC)
-    w_g6 = load_tap(taps + 13 * C + o_c, m_c, ACC)
-    w_g7 = load_tap(taps + 15 * C + o_c, m_c, ACC)
-    w_g8 = load_tap(taps + 17 * C + o_c, m_c, ACC)
+    # Of the values and of the gates.
+    w_a0, w_a1, w_a2, w_a3, w_a4, w_a5, w_a6, w_a7, w_a8 = load_taps(taps + o_c, 2 * C, m_c, ACC)
+    w_g0, w_g1, w_g2, w_g3, w_g4, w_g5, w_g6, w_g7, w_g8 = load_taps(
+        taps + C + o_c, 2 * C, m_c, ACC
+    )
     b_a = tl.zeros((1, BLOCK), ACC)
     b_g = b_a
     if bias is not None:
-        b_a = load_tap(bias + o_c, m_c, ACC)
-        b_g = load_tap(bias + C + o_c, m_c, ACC)
+        b_a = load_channels(bias + o_c, m_c, ACC)
+        b_g = load_channels(bias + C + o_c, m_c, ACC)
     zero = tl.zeros((QUADS, BLOCK), ACC)
     a_a0, a_a1, a_a2, a_a3 = zero, zero, zero, zero
     a_l0, a_l1, a_l2, a_l3 = zero, zero, zero, zero
