@@ -3,8 +3,9 @@
 The gate: before it is timed, a way is compared with the same function by PyTorch's own operations
 in float32, on one picture. It may err by 1.5 times as much as those operations do in 16 bits: in
 the answer, and in training in all gradients together. Where they are wrong themselves, the host has
-a bound, and their time is taken none the less. What is compiled may differ from the same model in
-eager mode, on the whole batch, by twice the bound.
+a bound, and their time is taken none the less. Pictures too large for that in reasonable time are
+compared with the same function in 16 bits, and smaller ones in float32. What is compiled may differ
+from the same model in eager mode, on the whole batch, by twice the bound.
 """
 
 import copy
@@ -40,8 +41,9 @@ class Inference:
         with torch.device(device):
             self.model = self.host.make(row.px)
         self._set_up()
-        self.inputs = self._inputs(row.batch, device)
-        self.single = self._inputs(1, device)
+        self.inputs = self._inputs(row.px, row.batch, device)
+        self.exact_px = min(row.px, self.host.exact_px or row.px)
+        self.single = self._inputs(self.exact_px, 1, device)
         self._exact: dict[str, tuple[Tensor, float]] = {}
 
     def ready(self, name: str) -> AbstractContextManager[tuple[Call, dict[str, float]]]:
@@ -89,7 +91,11 @@ class Inference:
         elif name == same:
             return {"float32": error}
         require("error against float32", error, bound)
-        return {"float32": error, "float32_bound": bound}
+        errors = {"float32": error, "float32_bound": bound}
+        if name != same and self.exact_px < self.row.px:
+            errors["16_bits"] = relative(self._of(name, self.inputs), self._of(same, self.inputs))
+            require("difference in 16 bits", errors["16_bits"], bound + plain)
+        return errors
 
     def _truth(self, name: str) -> tuple[Tensor, float]:
         """What PyTorch's operations give in float32, and how far they are from it in 16 bits."""
@@ -100,12 +106,12 @@ class Inference:
             self._exact[name] = truth, relative(self._of(name), truth)
         return self._exact[name]
 
-    def _of(self, name: str) -> Tensor:
+    def _of(self, name: str, inputs: Inputs | None = None) -> Tensor:
         with self._mode(), self.host.ways[name](self.model):
-            return self._result(self.model, self.single)
+            return self._result(self.model, inputs or self.single)
 
-    def _inputs(self, batch: int, device: str) -> Inputs:
-        drawn = self.host.draw(self.row.px, batch, torch.Generator(device).manual_seed(1))
+    def _inputs(self, px: int, batch: int, device: str) -> Inputs:
+        drawn = self.host.draw(px, batch, torch.Generator(device).manual_seed(1))
         return {name: x.to(self.dtype) for name, x in drawn.items()}
 
 
@@ -145,8 +151,8 @@ class Training(Inference):
         used = [p for p in model.parameters() if p.requires_grad]
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, used)])
 
-    def _inputs(self, batch: int, device: str) -> Inputs:
-        return {name: x.float() for name, x in super()._inputs(batch, device).items()}
+    def _inputs(self, px: int, batch: int, device: str) -> Inputs:
+        return {name: x.float() for name, x in super()._inputs(px, batch, device).items()}
 
 
 def make_step(row: Row, device: str) -> Inference:

@@ -1,5 +1,7 @@
 """The command for models that are linear already, on a CPU with tiny ones."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -42,6 +44,29 @@ def test_what_is_wrong_has_no_time(host, tmp_path, monkeypatch):
     assert record["status"] == "wrong"
     assert "ms" in record["attentions"]["stock"]
     assert "ms" not in record["attentions"]["accelerated"]
+
+
+@pytest.mark.parametrize("tokens", [None, 100])
+def test_what_is_too_large_for_float32_is_compared_in_16_bits(tokens, tmp_path, monkeypatch):
+    """A mistake that smaller pictures do not show is found by the larger ones."""
+    small = dataclasses.replace(HOSTS["tiny_dc_ae"], exact_px=16)
+    monkeypatch.setitem(HOSTS, "tiny_dc_ae", small)
+    right = relu_attention.linear_attn
+
+    def attention(q, k, v, **options):
+        if tokens is not None and q.shape[-2] >= tokens:
+            q, k = k, q
+        return right(q, k, v, **options)
+
+    monkeypatch.setattr(relu_attention, "linear_attn", attention)
+    path = tmp_path / "linear.json"
+    status = run(path, "--only", "inference/eager/tiny_dc_ae")
+    (record,) = read(path)["cases"].values()
+    accelerated = record["attentions"]["accelerated"]
+    if tokens is None:
+        assert status == 0 and accelerated["errors"]["16_bits"] < 0.01
+    else:
+        assert status == 1 and "difference in 16 bits" in accelerated["wrong"]
 
 
 def test_where_stock_is_wrong_its_time_is_taken_and_the_other_is_judged_by_itself(tmp_path):
