@@ -24,13 +24,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from distill_data import Encoder, FolderSource, Pool, SceneSource, Sizes, Stream
+from graphed import Graphed
 from models import TINY, LinFusion, load_pipeline
 from torch import Tensor, nn
 from tqdm import tqdm
 
 try:
     from accelerate import Accelerator
-    from accelerate.utils import broadcast, set_seed
+    from accelerate.utils import AutocastKwargs, DistributedType, broadcast, set_seed
     from diffusers import DDPMScheduler
     from diffusers.training_utils import EMAModel
 
@@ -213,6 +214,14 @@ def train(accelerator: Accelerator, args: argparse.Namespace) -> None:
     if ema:
         ema.to(device)
 
+    def differentiate(**example) -> dict[str, Tensor]:
+        losses = distillation(**example)
+        accelerator.backward(losses["total"])
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    if args.cuda_graph:
+        differentiate = Graphed(differentiate, parameters)
+
     encoded = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(
         accelerator.mixed_precision, torch.float32
     )
@@ -246,15 +255,14 @@ def train(accelerator: Accelerator, args: argparse.Namespace) -> None:
         for _ in range(args.accumulate):
             with accelerator.accumulate(distillation):
                 example = noised(next(batches), encoder.blank, scheduler, args.drop_captions)
-                losses = distillation(**example)
-                accelerator.backward(losses["total"])
+                losses = differentiate(**example)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
-                optimizer.zero_grad()
+                optimizer.zero_grad(set_to_none=not args.cuda_graph)
             # Summed on the device: reading a loss at every step would stall it.
             for name, loss in losses.items():
-                sums[name] = sums.get(name, 0) + loss.detach()
+                sums[name] = sums.get(name, 0) + loss
             count += 1
         if ema:
             ema.step(parameters)
@@ -324,6 +332,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--mixed-precision", choices=("no", "fp16", "bf16"), help="bf16 on CUDA, else no")
     add("--gradient-checkpointing", action="store_true", help="less memory, more time")
     add("--compile", action="store_true", help="torch.compile the UNet, once for each size")
+    add("--cuda-graph", action="store_true", help="replay each size's step from its fourth on")
     add("--half", action="store_true", help="write the weights in float16")
     add("--resume", action="store_true", help="go on from the checkpoint in --work, if any")
     add("--save-minutes", type=float, default=5, help="between checkpoints (%(default)s)")
@@ -339,6 +348,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         args.data = "scenes"
     if args.resolution_weights and len(args.resolution_weights) != len(args.resolutions or ()):
         parser.error("--resolution-weights needs one number for each of --resolutions")
+    if args.cuda_graph:
+        clashes = {
+            # How its losses are scaled has not been tried in a graph.
+            "--mixed-precision fp16": args.mixed_precision == "fp16",
+            # It asks for the state of random numbers, which a capture does not tell.
+            "--gradient-checkpointing": args.gradient_checkpointing,
+            "--compile": args.compile,
+        }
+        for option, given in clashes.items():
+            if given:
+                parser.error(f"--cuda-graph does not go with {option}")
+        if not torch.cuda.is_available():
+            parser.error("--cuda-graph needs a CUDA GPU")
     return args
 
 
@@ -348,7 +370,11 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision or ("bf16" if on_gpu else "no"),
         gradient_accumulation_steps=args.accumulate,
+        # What autocast keeps from one use to the next would not be there in a replay.
+        kwargs_handlers=[AutocastKwargs(cache_enabled=not args.cuda_graph)],
     )
+    if args.cuda_graph and accelerator.distributed_type != DistributedType.NO:
+        raise SystemExit("--cuda-graph is for a single process.")
     set_seed(args.seed, device_specific=True)
     train(accelerator, args)
 
