@@ -19,9 +19,9 @@ from .launch import Launch, kernel
 from .tiling import Tiling
 
 # Elements of a tile.
-STATISTICS, APPLY = 4096, 4096
+STATISTICS, APPLY = 2048, 4096
 # Programs that each sample is split over, where it is large. The size of the batch must not enter.
-PROGRAMS = 1024
+PROGRAMS = 512
 # Parts that are merged at a time, at most.
 PARTS = 4096
 
