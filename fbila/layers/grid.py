@@ -64,9 +64,11 @@ def resize_positions(table: Tensor, native: tuple[int, int], size: tuple[int, in
         rows, columns = (
             _resizing(*lengths, dtype, table.device) for lengths in zip(native, size, strict=True)
         )
-        grid = table.to(dtype).unflatten(1, native)
-        grid = torch.einsum("brsc,rh,sw->bhwc", grid, rows, columns)
-        return grid.flatten(1, 2).to(table.dtype)
+        # One axis after the other: of three operands torch.einsum has opt_einsum, where that is
+        # installed, choose the order by their sizes, which a compiled graph is then tied to.
+        grid = columns.mT @ table.to(dtype).unflatten(1, native)
+        grid = rows.mT @ grid.flatten(2)
+        return grid.reshape(1, size[0] * size[1], -1).to(table.dtype)
 
 
 def _resizing(length: int, to: int, dtype: torch.dtype, device: torch.device) -> Tensor:
