@@ -157,19 +157,22 @@ def test_one_part_of_a_picture_is_made_of_another(order):
 
 
 @pytest.mark.parametrize(
-    "y",
+    "make",
     [
-        torch.zeros(2, 16, 4, 6),
-        torch.zeros(3, 16, 4, 5),
-        torch.zeros(2, 16, 4, 5).half(),
-        torch.zeros(2, 16, 4, 5).contiguous(memory_format=torch.channels_last),
-        torch.zeros(2, 16, 4, 10)[..., ::2],
+        lambda: torch.zeros(2, 16, 4, 6, device=DEVICE),
+        lambda: torch.zeros(3, 16, 4, 5, device=DEVICE),
+        lambda: torch.zeros(2, 16, 4, 5, device=DEVICE, dtype=torch.float16),
+        lambda: torch.zeros(2, 4, 5, 16, device=DEVICE).permute(0, 3, 1, 2),
+        # Dense if it were moved from one device to another.
+        lambda: torch.zeros(2, 16, 4, 10, device=DEVICE)[..., ::2],
     ],
     ids=["width", "batch", "dtype", "order", "columns"],
 )
-def test_results_of_another_form(y):
+def test_results_of_another_form(make):
+    tensors = draw((2, 16, 4, 5), 8, 3, torch.float32)
+    separable_conv2d_into(torch.empty_like(tensors[0]), *tensors)
     with pytest.raises(ValueError, match="y must be as x"):
-        separable_conv2d_into(y.to(DEVICE), *draw((2, 16, 4, 5), 8, 3, torch.float32))
+        separable_conv2d_into(make(), *tensors)
 
 
 def test_alignment_is_told_of_dense_results():
