@@ -9,24 +9,34 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import fbila
-from fbila.adapters.acceleration import aggregation
+from fbila.adapters.acceleration import aggregation, one_picture
 from fbila.ops import separable_conv_library
+from fbila.ops.autograd import ordinary
 
 ORDERS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Has the kernel run, through Triton's interpreter where there is no GPU; notes the calls."""
+    """Has the kernel run, through Triton's interpreter where there is no GPU.
+
+    Notes what each call reads, whether it makes its result or writes into a picture of all scales.
+    """
     called = []
 
     def run(x, *weights):
         called.append(x)
         return separable_conv_library.separable_conv2d(x, *weights)
 
+    def run_into(y, x, *weights):
+        called.append(x)
+        separable_conv_library.separable_conv2d_into(y, x, *weights)
+
     monkeypatch.setattr(aggregation, "separable_conv2d", run)
+    monkeypatch.setattr(one_picture, "separable_conv2d_into", run_into)
     if not CUDA:
         monkeypatch.setattr(aggregation, "has_kernels", lambda x: True)
+        monkeypatch.setattr(one_picture, "direct", ordinary)
         monkeypatch.setattr(separable_conv_library, "direct", lambda *tensors: True)
     return called
 
@@ -95,16 +105,20 @@ def test_with_biases(kernels):
 
 
 @each_module
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @torch.no_grad()
-def test_half_precision_errs_as_stock_does(make, dtype, kernels):
-    model, x = made(make, dtype), picture(dtype)
+def test_half_precision_errs_as_stock_does(make, dtype, order, kernels):
+    model, x = made(make, dtype), picture(dtype, order)
     exact = made(make).double()
     exact.load_state_dict(model.state_dict())
     truth, stock = exact[0](x.double()), model[0](x)
     with fbila.accelerate(model):
         fast = model[0](x)
-    assert len(kernels) == 2 and fast.dtype == dtype
+    assert len(kernels) == 2 and kernels[0] is kernels[1] and fast.dtype == dtype
+    # LiteMLA's scales lie side by side in one picture, if x is NCHW.
+    together = kernels[0].stride(0) > kernels[0][0].numel()
+    assert together is (make is lite_mla and order is torch.contiguous_format)
     assert (fast.double() - truth).norm() <= 1.05 * (stock.double() - truth).norm()
 
 
