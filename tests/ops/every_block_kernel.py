@@ -42,7 +42,11 @@ def pictures(dtype: torch.dtype):
         x = x.detach()
         if last is torch.channels_last:
             taps = torch.randn(C, 1, 3, 3, device="cuda", dtype=dtype)
-            yield f"gated_conv {name}", gated_depthwise_conv(x.permute(0, 2, 3, 1), taps, bias)
+            leaves = [t.detach().requires_grad_() for t in (x.permute(0, 2, 3, 1), taps, bias)]
+            y = gated_depthwise_conv(*leaves)
+            yield f"gated_conv {name}", y
+            for gradient in torch.autograd.grad(y, leaves, torch.ones_like(y)):
+                yield f"gradient of gated_conv {name}", gradient
         yield f"in place {name}", group_norm_library.group_norm_(x, bias, bias, 20, 1e-5)
         taps = torch.randn(C, 1, 5, 5, device="cuda", dtype=dtype)
         matrices = torch.randn(C, 20, 1, 1, device="cuda", dtype=dtype)

@@ -13,6 +13,7 @@ from sm_90 import Arguments, accesses, compile_sm_90, resources
 
 from fbila.ops import (
     add_bias_library,
+    gated_conv_backward_library,
     gated_conv_library,
     geglu_library,
     group_norm_backward_library,
@@ -126,13 +127,15 @@ def calls():
     # Sana's, SanaVideo's and DC-AE's hidden layers.
     for shape in ((2, 32, 32, 5600), (1, 30, 52, 6720), (1, 128, 128, 2048)):
         B, H, W, C = shape
-        for dtype in (torch.bfloat16, torch.float32):
-            h, weight, bias = planes(B, H, W, 2 * C), planes(2 * C, 1, 3, 3), planes(2 * C)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            h, dy = planes(B, H, W, 2 * C).to(dtype), planes(B, H, W, C).to(dtype)
+            weights = planes(2 * C, 1, 3, 3).to(dtype), planes(2 * C).to(dtype)
+            yield f"gated_conv {C} {dtype}", partial(gated_conv_library.in_kernel, h, *weights)
+            # Under autocast.
+            wide = [x.float() for x in weights]
             yield (
-                f"gated_depthwise_conv {C} {dtype}",
-                partial(
-                    gated_conv_library.in_kernel, h.to(dtype), weight.to(dtype), bias.to(dtype)
-                ),
+                f"gradient of gated_conv {C} {dtype}",
+                partial(gated_conv_backward_library.in_kernel, dy, h, *wide, [True] * 3),
             )
 
 

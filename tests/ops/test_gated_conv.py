@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from helpers import DEVICE, DTYPES
 
-from fbila.ops import gated_conv_library
 from fbila.ops.gated_conv_library import gated_depthwise_conv, in_kernel, in_pytorch
 from fbila.ops.kernels import gated_conv
 from fbila.ops.kernels.gated_conv import plan_gated_conv
@@ -141,20 +140,6 @@ def test_opcheck():
     op = torch.ops.fbila.gated_depthwise_conv.default
     torch.library.opcheck(op, (h, weight, bias))
     torch.library.opcheck(op, (h.transpose(1, 2), weight, None))
-
-
-@pytest.mark.parametrize("straight", [False, True])
-def test_gradients_are_refused_and_not_lost(straight, monkeypatch):
-    monkeypatch.setattr(gated_conv_library, "direct", lambda *_: straight)
-    tensors = inputs((1, 2, 3, 2), torch.float32)
-    for leaf in tensors:
-        leaf.requires_grad_()
-        with pytest.raises(NotImplementedError, match="gated_depthwise_conv has no gradient"):
-            gated_depthwise_conv(*tensors)
-        with torch.no_grad():
-            gated_depthwise_conv(*tensors)
-        leaf.requires_grad_(False)
-    assert not gated_depthwise_conv(*tensors).requires_grad
 
 
 def test_it_compiles_as_one_operator():

@@ -10,10 +10,14 @@ A program goes down some rows of a strip of the picture, for a block of channels
 part of three rows of u, of which the one above is complete then; what is known of the others is
 kept. A thread has four pixels side by side, for which it takes SiLU of six. SiLU is what takes
 longest, longer than memory, and would be taken of every element nine times otherwise.
+
+Given dy, the gradient of y, it is the gradient of u in place of y, `(B, H, W, 2 C)`, with u found
+again: da = dy SiLU(g), dg = dy a SiLU'(g). What follows from it is in `gated_conv_backward.py`.
 """
 
 import math
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -43,6 +47,19 @@ def silu(x):
         return x * r * r
     else:
         return x / d
+
+
+@triton.jit
+def silu_and_slope(x):
+    """SiLU(x) and SiLU'(x) = p + SiLU(x) (1 - p), p = sigmoid(x)."""
+    d = 1.0 + exp(-x)
+    if x.dtype == tl.float32:
+        r = tl.rsqrt(d)
+        p = r * r
+    else:
+        p = 1.0 / d
+    s = x * p
+    return s, p + s * (1.0 - p)
 
 
 @triton.jit
@@ -105,9 +122,21 @@ def add_row(
     return c_0, c_1, c_2, c_3, a_0, a_1, a_2, a_3, l_0, l_1, l_2, l_3
 
 
+@triton.jit
+def store_pixel(y, o_y, dy, o_dy, C, a, g, mask):
+    """y, or both halves of the gradient of u in its place."""
+    if dy is None:
+        tl.store(y + o_y, (a * silu(g)).to(y.dtype.element_ty), mask=mask)
+    else:
+        d = tl.load(dy + o_dy, mask=mask, other=0.0).to(a.dtype)
+        s, slope = silu_and_slope(g)
+        tl.store(y + o_y, (d * s).to(y.dtype.element_ty), mask=mask)
+        tl.store(y + o_y + C, (d * a * slope).to(y.dtype.element_ty), mask=mask)
+
+
 @kernel
 def gated_conv_kernel(
-    h, taps, bias, y,
+    h, taps, bias, dy, y,
     height: "i64", width: "i64", channels: "i64", rows: "i64",
     blocks: "i32", strips: "i32", chunks: "i32",
     UNIT: tl.constexpr, QUADS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
@@ -145,7 +174,10 @@ def gated_conv_kernel(
     steps = tl.minimum(rows, height - first) + 2
     row = first - 1 + tl.arange(0, 1)
     p_h = h + ((i_b * height + first - 1) * width + o_x[:, None]) * (2 * C) + o_c[None, :]
-    p_y = y + ((i_b * height + first - 2) * width + o_x[:, None]) * C + o_c[None, :]
+    # Of half as many channels, and of as many as y has.
+    o_half = ((i_b * height + first - 2) * width + o_x[:, None]) * C + o_c[None, :]
+    wide = C if dy is None else 2 * C
+    o_y = ((i_b * height + first - 2) * width + o_x[:, None]) * wide + o_c[None, :]
     for _ in range(0, steps):
         there = ((row >= 0) & (row < height))[None, :]
         a_0, a_1, a_2, a_3, a_a0, a_a1, a_a2, a_a3, a_l0, a_l1, a_l2, a_l3 = add_row(
@@ -161,34 +193,61 @@ def gated_conv_kernel(
             b_g, w_g0, w_g1, w_g2, w_g3, w_g4, w_g5, w_g6, w_g7, w_g8, ACC,
         )  # fmt: skip
         complete = (row > first)[None, :]
-        tl.store(p_y, (a_0 * silu(g_0)).to(y.dtype.element_ty), mask=m_0 & complete)
-        tl.store(p_y + C, (a_1 * silu(g_1)).to(y.dtype.element_ty), mask=m_1 & complete)
-        tl.store(p_y + 2 * C, (a_2 * silu(g_2)).to(y.dtype.element_ty), mask=m_2 & complete)
-        tl.store(p_y + 3 * C, (a_3 * silu(g_3)).to(y.dtype.element_ty), mask=m_3 & complete)
+        store_pixel(y, o_y, dy, o_half, C, a_0, g_0, m_0 & complete)
+        store_pixel(y, o_y + wide, dy, o_half + C, C, a_1, g_1, m_1 & complete)
+        store_pixel(y, o_y + 2 * wide, dy, o_half + 2 * C, C, a_2, g_2, m_2 & complete)
+        store_pixel(y, o_y + 3 * wide, dy, o_half + 3 * C, C, a_3, g_3, m_3 & complete)
         row += 1
         p_h += width * (2 * C)
-        p_y += width * C
+        o_half += width * C
+        o_y += width * wide
+
+
+class Strips(NamedTuple):
+    """How a picture is divided among programs: the constants and the numbers of a kernel."""
+
+    quads: int
+    block: int
+    rows: int
+    chunks: int
+    strips: int
+    blocks: int
+    unit: int
+
+    @staticmethod
+    def of(shape: tuple[int, ...], itemsize: int, most_rows: int, least: int) -> "Strips":
+        """For results `(B, H, W, C)`; `least` programs, as far as there are four rows for each."""
+        B, H, W, C = shape
+        quads = min(_QUADS, triton.next_power_of_2(triton.cdiv(W, 4)))
+        block = min(_CHANNELS * 32 * _WARPS // quads, triton.next_power_of_2(C))
+        strips, blocks = triton.cdiv(W, 4 * quads), triton.cdiv(C, block)
+        chunks = triton.cdiv(H, most_rows)
+        while B * strips * blocks * chunks < least and triton.cdiv(H, chunks) > 4:
+            chunks *= 2
+        rows = triton.cdiv(H, chunks)
+        unit = math.gcd(16 // itemsize, C)
+        return Strips(quads, block, rows, triton.cdiv(H, rows), strips, blocks, unit)
+
+    def launch(self, kernel: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Launch:
+        B, H, W, C = shape
+        return Launch(
+            kernel,
+            (B * self.chunks * self.strips * self.blocks, 1),
+            (H, W, C // self.unit, self.rows, self.blocks, self.strips, self.chunks),
+            {
+                "UNIT": self.unit,
+                "QUADS": self.quads,
+                "BLOCK": self.block,
+                "ACC": Tiling.acc(dtype),
+            },
+            {"num_warps": _WARPS, "num_stages": 1},
+        )
 
 
 @lru_cache(maxsize=1024)
 def plan_gated_conv(
     shape: tuple[int, ...], dtype: torch.dtype, others: tuple[torch.dtype | None, ...]
 ) -> Launch:
-    """For y `(B, H, W, C)`; others: dtypes of taps and bias, which it is compiled for as well."""
-    B, H, W, C = shape
-    unit = math.gcd(16 // dtype.itemsize, C)
-    quads = min(_QUADS, triton.next_power_of_2(triton.cdiv(W, 4)))
-    block = min(_CHANNELS * 32 * _WARPS // quads, triton.next_power_of_2(C))
-    strips, blocks = triton.cdiv(W, 4 * quads), triton.cdiv(C, block)
-    chunks = triton.cdiv(H, _ROWS)
-    while B * strips * blocks * chunks < _PROGRAMS and triton.cdiv(H, chunks) > 4:
-        chunks *= 2
-    rows = triton.cdiv(H, chunks)
-    chunks = triton.cdiv(H, rows)
-    return Launch(
-        gated_conv_kernel,
-        (B * chunks * strips * blocks, 1),
-        (H, W, C // unit, rows, blocks, strips, chunks),
-        {"UNIT": unit, "QUADS": quads, "BLOCK": block, "ACC": Tiling.acc(dtype)},
-        {"num_warps": _WARPS, "num_stages": 1},
-    )
+    """For y `(B, H, W, C)`; others: dtypes of taps, bias and dy, which it is compiled for too."""
+    strips = Strips.of(shape, dtype.itemsize, _ROWS, _PROGRAMS)
+    return strips.launch(gated_conv_kernel, shape, dtype)
