@@ -20,6 +20,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import distill  # noqa: E402
 import distill_data  # noqa: E402
+import distill_loss  # noqa: E402
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -64,7 +65,7 @@ def loss_with(weights):
     text = torch.randn(64, 7, 32)
     step = torch.randint(1000, (64,))
     with torch.no_grad():
-        losses = distill.Distillation(unet, linfusion, compiled=False)(
+        losses = distill_loss.Distillation(unet, linfusion, compiled=False)(
             noise, step, noise, encoder_hidden_states=text
         )
     return losses["total"].item()
@@ -90,7 +91,7 @@ def test_the_loss_is_the_papers():
             hook.remove()
     linfusion.mount_to(unet)
     target = torch.randn(2, 4, 16, 16)
-    losses = distill.Distillation(unet, linfusion, compiled=False)(
+    losses = distill_loss.Distillation(unet, linfusion, compiled=False)(
         inputs["sample"],
         inputs["timestep"],
         target,
@@ -117,7 +118,7 @@ def test_targets(kind):
     scheduler = DDPMScheduler(prediction_type=kind)
     batch = {"latents": torch.randn(64, 4, 2, 2), "text": torch.ones(64, 3, 5)}
     blank = {"text": torch.zeros(1, 3, 5)}
-    example = distill.noised(batch, blank, scheduler, drop_captions=0.5)
+    example = distill_loss.noised(batch, blank, scheduler, drop_captions=0.5)
     a = scheduler.alphas_cumprod[example["timestep"]].view(-1, 1, 1, 1)
     noise = (example["noisy"] - a.sqrt() * batch["latents"]) / (1 - a).sqrt()
     expected = {
