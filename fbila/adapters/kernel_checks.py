@@ -19,7 +19,8 @@ def has_kernels(x: Tensor) -> bool:
 def serves(x: Any, *modules: nn.Module | None) -> bool:
     """Whether the kernels stand for a stock forward on x that uses these modules' own weights.
 
-    They have gradients of x alone. Modules within these, such as LoRAs, may be trained.
+    They have gradients of x alone, unless these are left out. Modules within these, such as LoRAs,
+    may be trained.
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
@@ -72,7 +73,7 @@ def read_by_maps(x: Tensor) -> torch.dtype:
 
 
 def takes(weight: Any, x: Tensor) -> bool:
-    """Whether a norm of x may have this weight."""
+    """Whether a norm or a convolution of x may have this weight."""
     if torch.is_autocast_enabled(x.device.type):
         return weight.dtype in _CAST and weight.device == x.device
     return weight.dtype == x.dtype and weight.device == x.device

@@ -50,8 +50,8 @@ def accelerate(
     own and the mathematics too: the output is that of the stock model in float32, of which half
     precision no longer makes copies. Gradients flow as before.
 
-    With diffusers' come their norms and their feed-forward layers (`GLUMBConv`), on a GPU and
-    where no gradient is wanted; elsewhere these run their stock forward.
+    With diffusers' come their feed-forward layers (`GLUMBConv`), on a GPU, and their norms, on a
+    GPU and where no gradient is wanted; elsewhere these run their stock forward.
 
     Everything is checked before anything is changed.
 

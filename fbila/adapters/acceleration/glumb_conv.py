@@ -1,4 +1,4 @@
-"""The feed-forward layer of diffusers' Sana and DC-AE, by fbila's kernels, for inference.
+"""The feed-forward layer of diffusers' Sana and DC-AE, by fbila's kernels.
 
     y = norm((a SiLU(g)) W_2) + x,   [a, g] = dwconv(SiLU(x W_1 + b_1)) + b
 
@@ -19,7 +19,7 @@ with host("diffusers"):
 
 
 class FastGLUMBConv(GLUMBConv):
-    """diffusers' `GLUMBConv`; its stock forward where a gradient is wanted."""
+    """diffusers' `GLUMBConv`; its stock forward where the kernels cannot run, and in graphs."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Mixes the channels of `hidden_states` `(B, C, height, width)`, and neighbours."""

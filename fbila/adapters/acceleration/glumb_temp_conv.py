@@ -1,4 +1,4 @@
-"""The feed-forward layer of diffusers' SanaVideo, by fbila's kernels, for inference.
+"""The feed-forward layer of diffusers' SanaVideo, by fbila's kernels.
 
     z = (a SiLU(g)) W_2,   [a, g] = dwconv(SiLU(x W_1 + b_1)) + b           of each frame
     y = z + conv(z)                                                         over three frames
@@ -19,7 +19,7 @@ with host("diffusers"):
 
 
 class FastGLUMBTempConv(GLUMBTempConv):
-    """diffusers' `GLUMBTempConv`; its stock forward where a gradient is wanted."""
+    """diffusers' `GLUMBTempConv`; its stock forward where the kernels cannot run, and in graphs."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Mixes the channels of `hidden_states` `(B, frames, height, width, C)`, and neighbours."""
