@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from ..unet.goals import Goal
 
 PASSES = ("inference", "training")
+# Of backbones.
 MODES = ("eager", "compiled")
 # Of a picture's side -> pictures at a time, so that each row has about as many tokens.
 BATCHES = {224: 64, 512: 16, 1024: 4, 2048: 1}
@@ -19,7 +20,8 @@ class Row:
 
     Attributes:
         kind: "inference", or "training", a step of it under autocast with float32 weights.
-        mode: "eager" or "compiled".
+        mode: "eager", "compiled", or "graph", a step of training captured in a CUDA graph and
+            replayed.
         host: A name in `models.HOSTS`.
         px: Pixels along each side.
         attentions: Names in the host's `ways`.
@@ -46,14 +48,14 @@ class Row:
     def rounds(self) -> int:
         """How often they take turns: twice, so that a drift of the clocks shows.
 
-        What is compiled would have to be compiled twice.
+        What is compiled or captured would have to be so twice.
         """
         return 2 if self.mode == "eager" else 1
 
     @property
     def weighed(self) -> bool:
-        """Whether peak memory is measured."""
-        return True
+        """Whether peak memory is measured; a graph holds its own all the time."""
+        return self.mode != "graph"
 
 
 def _backbone(host: str, batches: Mapping[int, int], large: int) -> list[Row]:

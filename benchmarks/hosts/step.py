@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nearness import precise, relative, require
+from ..replay import replayed
 from ..timing import Call
 from .models import HOSTS
 from .rows import Row
@@ -120,6 +121,7 @@ class Training(Inference):
 
     def _set_up(self) -> None:
         self.model.train()
+        self.captured = self.row.mode == "graph" and next(self.model.parameters()).is_cuda
 
     def _mode(self) -> torch.no_grad | nullcontext:
         return nullcontext()
@@ -128,7 +130,9 @@ class Training(Inference):
         parameters = list(self.model.parameters())
         fused = parameters[0].is_cuda
         # It takes as long with a rate of 0, and every turn starts from the same weights.
-        optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.05, fused=fused)
+        optimizer = torch.optim.AdamW(
+            parameters, lr=0.0, weight_decay=0.05, fused=fused, capturable=self.captured
+        )
 
         def step() -> Tensor:
             loss = self._loss(model, self.inputs)
@@ -137,11 +141,13 @@ class Training(Inference):
             optimizer.zero_grad()
             return loss.detach()
 
-        return step
+        return replayed(step) if self.captured else step
 
     def _loss(self, model: nn.Module, inputs: Inputs, half: bool = True) -> Tensor:
         device = next(iter(inputs.values())).device.type
-        with torch.autocast(device, self.dtype, enabled=half):
+        # What autocast keeps for the next use would not be there in a replay.
+        options = {"enabled": half, "cache_enabled": not self.captured}
+        with torch.autocast(device, self.dtype, **options):
             answer = self.host.call(model, inputs).float()
         # Not of the answer alone, whose gradient would vanish with it.
         return (answer - torch.linspace(-1, 1, answer.shape[-1]).to(answer)).square().mean()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..replay import replayed
 from ..timing import Call
 from .attentions import Attentions
 from .gate import FACTOR, Gate, precise, relative, require
@@ -46,7 +47,7 @@ class Training:
             error = relative(self._gradients(name), self.exact)
             require("error of the gradients against float32", error, self.bound)
             step = self._step(name)
-            call = _replayed(step) if self.captured else step
+            call = replayed(step) if self.captured else step
             yield call, {"float32": error, "float32_bound": self.bound}
 
     @contextmanager
@@ -99,25 +100,6 @@ class Training:
         parameters = list(self.attentions.layers(name).parameters())
         gradients = torch.autograd.grad(self._loss(name, self.single, autocast), parameters)
         return torch.cat([x.flatten() for x in gradients])
-
-
-def _replayed(step: Call) -> Call:
-    """A replay of `step`, captured when it is warm, as PyTorch's notes on CUDA graphs have it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return loss
-
-    return replay
 
 
 @contextmanager
