@@ -9,14 +9,12 @@ nothing of the size of all of them is put together but the output.
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..host import host
-from ..kernel_checks import plain
 from .aggregation import aggregate
 from .inference import normalize
+from .projections import concatenated
 from .relu_attention import attend_picture, join_heads, why_not_relu
 from .sana import why_not_processor
 
@@ -69,18 +67,3 @@ class FastMultiscaleAttention(SanaMultiscaleLinearAttention):
         """Heads of all scales and their channels."""
         scales = 1 + len(attn.to_qkv_multiscale)
         return scales * attn.to_q.out_features // attn.attention_head_dim, attn.attention_head_dim
-
-
-def concatenated(maps: list[Any], x: Tensor) -> Tensor:
-    """The outputs of linear maps `(..., D)` side by side, as one map where that is all they do.
-
-    Their weights are put together in every call, which is cheap beside their outputs.
-    """
-    if all(_bare(each) and each.weight.dtype == maps[0].weight.dtype for each in maps):
-        return F.linear(x, torch.cat([each.weight for each in maps]))
-    return torch.cat([each(x) for each in maps], dim=-1)
-
-
-def _bare(module: nn.Module) -> bool:
-    """Whether it is a plain linear map without bias."""
-    return plain(module, nn.Linear) and module.bias is None and type(module.weight) is nn.Parameter

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..host import host
 from .inference import normalize
+from .projections import concatenated, trained_together
 from .relu_attention import relu_attention
 
 with host("diffusers"):
@@ -96,8 +97,13 @@ def mix(
     Args:
         norms: Whether q and k go through theirs; PAG's processors leave them out.
     """
-    source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-    q, k, v = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
+    maps = attn.to_q, attn.to_k, attn.to_v
+    if encoder_hidden_states is None and trained_together(maps):
+        sizes = [each.out_features for each in maps]
+        q, k, v = concatenated(maps, hidden_states).split(sizes, -1)
+    else:
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
     if norms and attn.norm_q is not None:
         q = normalize(attn.norm_q, q)
     if norms and attn.norm_k is not None:
