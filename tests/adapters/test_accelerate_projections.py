@@ -170,3 +170,17 @@ def test_one_product_errs_no_more_under_autocast():
         if len(errors) == 1:
             fbila.accelerate(model)
     assert errors[1] <= errors[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_what_sanas_output_map_reads_under_autocast(dtype):
+    """Its heads as they are, or in the dtype of the input where somebody listens."""
+    model, x = made_sana(), tokens().to(dtype)
+    fbila.accelerate(model)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        expected = model[0](x)
+        seen = []
+        model[0].to_out[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+        assert torch.equal(model[0](x), expected)
+    assert expected.dtype == torch.bfloat16 and seen == [dtype]

@@ -10,9 +10,10 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..host import host
+from ..kernel_checks import plain, read_by_maps
 from .inference import normalize
 from .projections import concatenated, trained_together
 from .relu_attention import relu_attention
@@ -53,12 +54,12 @@ class FastSanaAttention(Attention):
                 hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs
             )
         if parts == 1:
-            y = self._project_out(mix(self, hidden_states, encoder_hidden_states), hidden_states)
+            y = project_out(self, mix(self, hidden_states, encoder_hidden_states), hidden_states)
         else:
             batch = hidden_states.unflatten(0, (parts, -1))
             mixed = mix(self, batch[:-1].flatten(0, 1), norms=False)
             perturbed = self.to_v(batch[-1])
-            y = torch.cat([self._project_out(x, hidden_states) for x in (mixed, perturbed)])
+            y = torch.cat([project_out(self, x, hidden_states) for x in (mixed, perturbed)])
         if hidden_states.dtype != torch.float16:
             return y
         # Sana's activations reach beyond float16's range.
@@ -73,9 +74,6 @@ class FastSanaAttention(Attention):
     def shape(attn: Any) -> tuple[int, int]:
         """Heads and their channels."""
         return attn.heads, attn.inner_dim // attn.heads
-
-    def _project_out(self, tokens: Tensor, like: Tensor) -> Tensor:
-        return self.to_out[1](self.to_out[0](tokens.to(like.dtype)))
 
 
 def why_not_processor(attn: Any, known: Collection[type]) -> str:
@@ -110,3 +108,12 @@ def mix(
         k = normalize(attn.norm_k, k)
     q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
     return relu_attention(q, k, v, _EPS, rotary).transpose(1, 2).flatten(2)
+
+
+def project_out(attn: Any, tokens: Tensor, like: Tensor) -> Tensor:
+    """The output `(B, N, C)` of its heads, which go on in the dtype of `like`, as in stock."""
+    first, dropout = attn.to_out
+    # Autocast has a plain linear map read them as they are.
+    if tokens.dtype != read_by_maps(like) or not plain(first, nn.Linear):
+        tokens = tokens.to(like.dtype)
+    return dropout(first(tokens))

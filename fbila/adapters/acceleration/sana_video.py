@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...ops.derived import derived
 from ..host import host
-from .sana import FastSanaAttention, mix, why_not_processor
+from .sana import FastSanaAttention, mix, project_out, why_not_processor
 
 with host("diffusers"):
     from diffusers.models.attention_processor import Attention
@@ -47,8 +47,7 @@ class FastSanaVideoAttention(Attention):
             return super().forward(
                 hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs
             )
-        tokens = mix(self, hidden_states, rotary=rotary).to(hidden_states.dtype)
-        return self.to_out[1](self.to_out[0](tokens))
+        return project_out(self, mix(self, hidden_states, rotary=rotary), hidden_states)
 
     @staticmethod
     def why_not(attn: Any) -> str:
