@@ -138,8 +138,11 @@ def test_sanas_are_three_where_one_is_frozen(frozen, products):
     assert_gradients_like_stock(model, products, [(24, 24)] * 4)
 
 
-def test_sanas_are_three_with_a_bias_or_a_hook(products):
+def test_sanas_are_three_where_they_are_something_else(products):
     assert_gradients_like_stock(made_sana(bias=True), products, [(24, 24)] * 4)
+    model = made_sana()
+    model[0].to_v = nn.Sequential(model[0].to_v)
+    assert_gradients_like_stock(model, products, [(24, 24)] * 4)
     model, called = made_sana(), []
     model[0].to_k.register_forward_hook(lambda *args: called.append(args))
     assert_gradients_like_stock(model, products, [(24, 24)] * 4)

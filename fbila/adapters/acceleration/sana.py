@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..host import host
 from ..kernel_checks import plain, read_by_maps
 from .inference import normalize
-from .projections import concatenated, trained_together
+from .projections import product, trained_together
 from .relu_attention import relu_attention
 
 with host("diffusers"):
@@ -98,7 +98,7 @@ def mix(
     maps = attn.to_q, attn.to_k, attn.to_v
     if encoder_hidden_states is None and trained_together(maps):
         sizes = [each.out_features for each in maps]
-        q, k, v = concatenated(maps, hidden_states).split(sizes, -1)
+        q, k, v = product(maps, hidden_states).split(sizes, -1)
     else:
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
