@@ -30,7 +30,7 @@ from tqdm import tqdm
 try:
     import timm
     from accelerate import Accelerator
-    from accelerate.utils import set_seed
+    from accelerate.utils import AutocastKwargs, DistributedType, set_seed
     from timm.data import Mixup
     from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
     from timm.optim import create_optimizer_v2
@@ -39,6 +39,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"{error}. This example needs: pip install fbila[train,timm]") from error
 
+from graphed import Graphed
 from vit_attention import put_in
 from vit_data import drawn_loaders, folder_loaders
 
@@ -135,6 +136,16 @@ def train(accelerator: Accelerator, args: argparse.Namespace) -> dict:
     raw = model
     model, optimizer = accelerator.prepare(model, optimizer)
 
+    def differentiate(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        with accelerator.autocast():
+            logits = model(x)
+        loss = criterion(logits.float(), y)
+        accelerator.backward(loss)
+        return {"loss": loss.detach()}
+
+    if args.cuda_graph:
+        differentiate = Graphed(differentiate, model.parameters())
+
     bar = tqdm(
         total=args.epochs * len(loader),
         initial=first * len(loader),
@@ -155,17 +166,14 @@ def train(accelerator: Accelerator, args: argparse.Namespace) -> dict:
             x, y = x.to(accelerator.device), y.to(accelerator.device)
             if mixup:
                 x, y = mixup(x, y)
-            with accelerator.autocast():
-                logits = model(x)
-            loss = criterion(logits.float(), y)
-            accelerator.backward(loss)
+            loss = differentiate(x=x, y=y)["loss"]
             if args.clip:
                 accelerator.clip_grad_norm_(model.parameters(), args.clip)
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=not args.cuda_graph)
             ema.update(raw, step=step)
             # The sum stays on the device: reading it at every step would stall it.
-            total, count = total + loss.detach(), count + 1
+            total, count = total + loss, count + 1
             bar.update()
             if (step + 1) % args.log_every == 0:
                 mean = finite(total.item() / count, step)
@@ -258,6 +266,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--drop-path", type=float, default=0.0, help="(%(default)s)")
     add("--ema", type=float, default=0.998, help="decay of the average (%(default)s)")
     add("--mixed-precision", choices=("no", "bf16"), help="bf16 on CUDA, else no")
+    add("--cuda-graph", action="store_true", help="replay the step from its fourth on")
     add("--log-every", type=int, default=16, help="steps (%(default)s)")
     add("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
@@ -268,6 +277,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             "--model-kwargs are NAME=VALUE, with numbers, tuples or quoted words as values"
         )
+    if args.cuda_graph and not torch.cuda.is_available():
+        parser.error("--cuda-graph needs a CUDA GPU")
     args.model_kwargs = SMALL if args.model_kwargs is None else given
     if args.output is None:
         args.output = Path("outputs/vit") / args.attention
@@ -277,8 +288,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> dict:
     args = parse(arguments)
     on_gpu = torch.cuda.is_available()
-    precision = args.mixed_precision or ("bf16" if on_gpu else "no")
-    return train(Accelerator(mixed_precision=precision), args)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision or ("bf16" if on_gpu else "no"),
+        # What autocast keeps from one use to the next would not be there in a replay.
+        kwargs_handlers=[AutocastKwargs(cache_enabled=not args.cuda_graph)],
+    )
+    if args.cuda_graph and accelerator.distributed_type != DistributedType.NO:
+        raise SystemExit("--cuda-graph is for a single process.")
+    return train(accelerator, args)
 
 
 if __name__ == "__main__":
