@@ -137,7 +137,9 @@ def test_checkpointing(kernels):
         model.enable_gradient_checkpointing()
     assert kernels == {"gated_depthwise_conv": 6}
     for x, y in zip(*found, strict=True):
-        assert (x is None and y is None) or torch.equal(x, y)
+        assert (x is None) == (y is None)
+        if x is not None:
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
 
 
 @each_layer
