@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .autograd import differentiable_by, direct, needs_gradient
-from .library import LIBRARY, sum_dtype
+from .library import LIBRARY
 from .memory_format import empty_in_order, is_channels_last
 
 # The most channels of a group that one program multiplies.
@@ -37,20 +37,15 @@ def fill(y, x, depthwise, depthwise_bias, pointwise, pointwise_bias):
     from .kernels.separable_conv import plan_separable_conv
 
     check(x, depthwise, depthwise_bias, pointwise, pointwise_bias)
-    C, D, k = x.shape[1], pointwise.shape[1], depthwise.shape[-1]
+    D, k = pointwise.shape[1], depthwise.shape[-1]
     last = has_channels_last(x)
     if not last and x.stride(3) != 1 and x.shape[3] > 1:
         x = x.contiguous()
     if not y.numel():
         return
-    if last:
-        # Channels side by side, in the dtype of the sums: read by every program.
-        taps = x.new_empty((k * k, C), dtype=sum_dtype(x)).copy_(depthwise.view(C, k * k).t())
-    else:
-        taps = depthwise.contiguous()
     biases = [b if b is None else b.contiguous() for b in (depthwise_bias, pointwise_bias)]
     run = plan_separable_conv(x.shape, x.stride(), x.dtype, last, D, k, y.stride(0))
-    run(x, taps, biases[0], pointwise.contiguous(), biases[1], y)
+    run(x, depthwise.contiguous(), biases[0], pointwise.contiguous(), biases[1], y)
 
 
 def check(x, depthwise, depthwise_bias, pointwise, pointwise_bias):

@@ -75,11 +75,17 @@ def calls():
                         x, residual, channel, channel
                     ),
                 )
-        for C, D, k in ((96, 32, 5), (96, 32, 3), (96, 16, 5), (96, 24, 5), (128, 64, 5)):
-            x = planes(2, C, 32, 32, last=last)
-            weights = planes(C, 1, k, k), None, planes(C, D, 1, 1), None
+        for D, k, side, dtype in (
+            *itertools.product(
+                (32,), (3, 5), (32,), (torch.bfloat16, torch.float16, torch.float32)
+            ),
+            *((D, k, 32, torch.bfloat16) for D, k in ((16, 5), (24, 5), (64, 5), (32, 7))),
+            (32, 5, 7, torch.float16),
+        ):
+            x = planes(2, 4 * D, side, side, last=last).to(dtype)
+            weights = planes(4 * D, 1, k, k).to(dtype), None, planes(4 * D, D, 1, 1).to(dtype), None
             yield (
-                f"separable_conv {C} {D} {k} {last}",
+                f"separable_conv {D} {k} {side} {last} {dtype}",
                 partial(separable_conv_library.in_kernel, x, *weights),
             )
     for D in (320, 640, 1280):

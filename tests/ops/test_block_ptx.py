@@ -44,16 +44,13 @@ def test_all_kernels_are_seen(kernels):
 
 def test_large_tensors_are_moved_16_bytes_at_a_time(kernels):
     for name, kernel in kernels.items():
-        if "gated_conv" in name:
-            # Its threads have two channels, see below.
+        if "gated_conv" in name or "separable_conv" in name:
+            # Their threads have two channels, or a few pixels, see below.
             continue
         for tensor in set(LARGE) & set(kernel["accesses"]):
             # A group of 20 channels in channels_last is 40 bytes.
             narrow = "group_norm 640" in name and "short" in name and "channels_last" in name
             allowed = {8, 16} if narrow else {16}
-            # Of NCHW each tap reads another shift of the contiguous axis.
-            if "separable_conv" in name and "nchw" in name:
-                allowed = {2, 4}
             sizes = kernel["accesses"][tensor]
             assert sizes and set(sizes) <= allowed, f"{name}: {tensor} by {sizes} bytes"
 
@@ -80,6 +77,30 @@ def test_a_warp_of_the_gated_convolution_moves_128_bytes_at_a_time(kernels):
         # Four programs of 128 threads on a multiprocessor.
         wide = size == 8 and "dy" in expected
         assert kernel.get("registers", 0) <= (160 if wide else 128), name
+
+
+def test_a_row_of_the_separable_convolution_is_loaded_once_for_all_taps(kernels):
+    """Ahead of the first one, and in either loop."""
+    found = {name: kernel for name, kernel in kernels.items() if "separable_conv" in name}
+    assert len(found) == 2 * 11
+    for name, kernel in found.items():
+        _, _, k, side, order, dtype = name.split(":")[0].split()
+        itemsize, k, accesses = 4 if "32" in dtype else 2, int(k), kernel["accesses"]
+        # Pixels of 7 are aligned as single ones are.
+        wide = 16 if side == "32" else 2
+        if order == "channels_last":
+            # Two channels of four pixels, and of those on either side that taps reach.
+            assert accesses["x"] == 3 * (k + 3) * [2 * itemsize], name
+            assert set(accesses["y"]) == {16}, name
+        else:
+            # 16 bytes of a row, and a pixel at a time on either side.
+            sizes = 16 // wide * [wide] + (k - 1) * [itemsize]
+            assert sorted(accesses["x"]) == sorted(3 * sizes), name
+            assert set(accesses["y"]) == {wide}, name
+        if k <= 5 and side == "32":
+            # Three or four programs of 128 threads on a multiprocessor.
+            most = 168 if order == "channels_last" else 128
+            assert kernel.get("registers", 0) <= most, name
 
 
 def test_nothing_is_spilled(kernels):

@@ -14,34 +14,9 @@ from fbila.ops.separable_conv_library import (
     separable_conv2d_into,
 )
 
-FORMATS = (torch.contiguous_format, torch.channels_last)
-each_format = pytest.mark.parametrize("order", FORMATS, ids=["nchw", "channels_last"])
+from .separable_cases import assert_near, draw, each_format, exact
+
 each_function = pytest.mark.parametrize("function", [in_kernel, in_pytorch])
-
-
-def draw(shape, D, k, dtype, *, biases=(True, True), order=torch.contiguous_format):
-    """x `(B, C, H, W)`, both weights, and a bias behind each where it is wanted."""
-    generator = torch.Generator(DEVICE).manual_seed(0)
-
-    def normal(*sizes, scale=1.0):
-        x = torch.randn(sizes, generator=generator, dtype=torch.float64, device=DEVICE)
-        return (scale * x).to(dtype)
-
-    C = shape[1]
-    depthwise, pointwise = normal(C, 1, k, k, scale=1 / k), normal(C, D, 1, 1, scale=D**-0.5)
-    first, second = (normal(C) if there else None for there in biases)
-    return normal(*shape).contiguous(memory_format=order), depthwise, first, pointwise, second
-
-
-def exact(*tensors):
-    return convolutions(*(t if t is None else t.double() for t in tensors))
-
-
-def assert_near(actual, expected):
-    """Both convolutions round to the dtype, and sums of float32 in between."""
-    bound = (2 if actual.dtype.itemsize == 2 else 8) * torch.finfo(actual.dtype).eps
-    assert actual.shape == expected.shape
-    assert (actual.double() - expected).abs().max() <= bound * (expected.abs().max() + 1)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
@@ -218,7 +193,7 @@ def test_tiles_are_as_large_as_products_must_be(dtype, D, last):
         shape = (1, D, *size)
         stride = torch.zeros(shape).stride()
         plan = plan_separable_conv(shape, stride, dtype, last, D, 5, stride[0])
-        assert plan.constants["BLOCK_H"] * plan.constants["BLOCK_W"] >= 16
+        assert plan.constants["LANES"] * plan.constants["PIXELS"] >= 16
         assert plan.constants["BLOCK_D"] >= max(D, 16)
 
 

@@ -3,13 +3,11 @@
     z_c = sum_ij taps_ijc x_c(h + i - k // 2, w + j - k // 2) + taps_bias_c
     y_o = sum_c pointwise_oc z_c + pointwise_bias_o,            o and c of one group of D channels
 
-A program takes the D channels of a group at `BLOCK_H * BLOCK_W` positions. z, rounded to x's dtype,
-never leaves it. The k * k shifted tiles of x overlap, and come from the caches but for the first.
-
-Tiles are `(positions, channels)` in channels_last and `(channels, positions)` in NCHW: the axis
-that is contiguous in memory is the last. taps are `(k * k, C)` in the dtype of the sums in
-channels_last, where a thread has several channels, and in NCHW, where a warp has one at a time,
-`(C, k * k)` as the weight is.
+A program has the D channels of a group in `LANES` lanes. A lane is `PIXELS` columns of a picture,
+down which it goes for a chunk of its rows; the lanes of all samples are numbered through, so that
+small pictures fill a program together. A row of z, rounded to x's dtype, is multiplied as soon as
+it is complete, and never leaves the program. What loads, converts and masks a pixel once for all
+its taps is in `rolling_rows.py`.
 """
 
 import math
@@ -20,12 +18,17 @@ import triton
 import triton.language as tl
 
 from .launch import Launch, kernel
+from .rolling_rows import add_row, begin, join, load_row, load_taps, pixels_of
 from .tiling import Tiling
 
-# Elements of a tile, by bytes of an element.
-ELEMENTS = {2: 4096, 4: 2048, 8: 1024}
-# The width of a tile: as near to a square as the wide stores of NCHW allow, for a small margin.
-WIDTH, WIDTH_LAST = 32, 16
+# Lanes of a program in NCHW and in channels_last, as far as it has so many threads: with 5 x 5 taps
+# a thread takes 128 registers of a multiprocessor's 65536 in NCHW, and 168 in channels_last.
+LANES, LANES_LAST, THREADS = 4, 8, 128
+# The most and, for the sake of more programs, the fewest rows of a chunk, of which k - 1 more are
+# read than written.
+ROWS, FEWEST_ROWS = 32, 4
+# Enough for every multiprocessor several times.
+PROGRAMS = 1024
 
 
 @triton.jit
@@ -36,78 +39,114 @@ def by_channel(v, LAST: tl.constexpr):
 
 @triton.jit
 def by_position(v, LAST: tl.constexpr):
-    """(positions,) along the positions of a tile."""
+    """(lanes,) or (positions,) along those of a tile."""
     return v[:, None] if LAST else v[None, :]
+
+
+@triton.jit
+def place(lane, strips, chunks, rows):
+    """A lane's sample, its first row, and its place among those side by side."""
+    i_s, lane = lane % strips, lane // strips
+    return (lane // chunks).to(tl.int64), lane % chunks * rows, i_s
 
 
 @kernel
 def separable_conv_kernel(
     x, taps, taps_bias, pointwise, pointwise_bias, y,
     x_sample: "i64", x_channel: "i64", x_row: "i64", x_column: "i64", y_sample: "i64",
-    height: "i32", width: "i32", groups: "i32", h_blocks: "i32", w_blocks: "i32",
+    samples: "i32", height: "i32", width: "i32", groups: "i32",
+    strips: "i32", chunks: "i32", rows: "i32", above: "i32",
     UNIT: tl.constexpr, UNIT_W: tl.constexpr, UNIT_Y: tl.constexpr, LAST: tl.constexpr,
-    D: tl.constexpr, KERNEL: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
-    ACC: tl.constexpr,
+    D: tl.constexpr, KERNEL: tl.constexpr, BLOCK_D: tl.constexpr,
+    LANES: tl.constexpr, PIXELS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # Groups are fastest: in channels_last they share the lines that theirs begin and end in.
-    i_g, i_t = (tl.program_id(0) % groups).to(tl.int64), tl.program_id(0) // groups
-    i_w, i_t = i_t % w_blocks, i_t // w_blocks
-    i_h, i_b = i_t % h_blocks, (i_t // h_blocks).to(tl.int64)
+    i_g, lane = (tl.program_id(0) % groups).to(tl.int64), tl.program_id(0) // groups * LANES
     W = width * UNIT_W
     C = groups.to(tl.int64) * D
-    o_p = tl.arange(0, BLOCK_H * BLOCK_W)
-    o_h, o_w = i_h * BLOCK_H + o_p // BLOCK_W, i_w * BLOCK_W + o_p % BLOCK_W
     o_d = tl.arange(0, BLOCK_D)
     o_c = i_g * D + o_d
     m_d = o_d < D
     m_c = by_channel(m_d, LAST)
     # Strides are in units of UNIT elements, but that of the contiguous axis, which is 1.
     x_row, x_column = x_row * UNIT, 1 if not LAST else x_column * UNIT
-    p_x = x + i_b * (x_sample * UNIT) + by_channel(o_c if LAST else o_c * (x_channel * UNIT), LAST)
-    p_x += by_position(o_h.to(tl.int64) * x_row + o_w.to(tl.int64) * x_column, LAST)
+    i_b, first, i_s = place(lane + tl.arange(0, LANES), strips, chunks, rows)
+    first -= above
+    p_x = x + by_channel(o_c if LAST else o_c * (x_channel * UNIT), LAST)
+    o_x = i_s * PIXELS
+    start = first.to(tl.int64) * x_row + o_x.to(tl.int64) * x_column
+    p_x += by_position(i_b * (x_sample * UNIT) + start, LAST)
+    o_x, row = by_position(o_x, LAST), by_position(first, LAST)
+    # Of what is read: rows below belong to the next chunk.
+    end = tl.minimum(row + (above + rows + KERNEL // 2), height)
+    m_x = m_c & by_position(i_b < samples, LAST)
+
     b_z = by_channel(tl.zeros((BLOCK_D,), dtype=ACC), LAST)
-    b_z += by_position(tl.zeros((BLOCK_H * BLOCK_W,), dtype=ACC), LAST)
-    for i in range(0, KERNEL):
-        o_i = o_h + (i - KERNEL // 2)
-        m_i = (o_i >= 0) & (o_i < height)
-        p_row = p_x + (i - KERNEL // 2) * x_row
-        for j in tl.static_range(0, KERNEL):
-            o_j = o_w + (j - KERNEL // 2)
-            mask = m_c & by_position(m_i & (o_j >= 0) & (o_j < W), LAST)
-            b_x = tl.load(p_row + (j - KERNEL // 2) * x_column, mask=mask, other=0.0).to(ACC)
-            if LAST:
-                p_tap = taps + (i * KERNEL + j) * C + o_c
-            else:
-                p_tap = taps + o_c * (KERNEL * KERNEL) + (i * KERNEL + j)
-            b_tap = tl.load(p_tap, mask=m_d, other=0.0).to(ACC)
-            b_z = tl.fma(b_x, tl.broadcast_to(by_channel(b_tap, LAST), b_x.shape), b_z)
+    b_z += by_position(tl.zeros((LANES,), dtype=ACC), LAST)
+    b_taps = load_taps(taps + by_channel(o_c, LAST) * (KERNEL * KERNEL), m_c, b_z, KERNEL)
     if taps_bias is not None:
         b_bias = tl.load(taps_bias + o_c, mask=m_d, other=0.0).to(ACC)
         b_z += by_channel(b_bias, LAST)
+    sums = begin(b_z, PIXELS, KERNEL)
     o_in, o_out = by_position(o_d, LAST), by_channel(o_d, LAST)
     m_w = by_position(m_d, LAST) & by_channel(m_d, LAST)
     # W^T in channels_last, W in NCHW.
     b_w = tl.load(pointwise + (i_g * D + o_out) * D + o_in, mask=m_w, other=0.0)
-    b_z = b_z.to(b_w.dtype)
-    # float32 means float32.
-    if LAST:
-        b_y = tl.dot(b_z, b_w, input_precision="ieee", out_dtype=ACC)
-    else:
-        b_y = tl.dot(b_w, b_z, input_precision="ieee", out_dtype=ACC)
-    if pointwise_bias is not None:
-        b_bias = tl.load(pointwise_bias + o_c, mask=m_d, other=0.0).to(ACC)
-        b_y += by_channel(b_bias, LAST)
+
     # A sample of y is dense.
-    plane = height.to(tl.int64) * W
-    sample = y + i_b * (y_sample * UNIT_Y)
-    position = o_h.to(tl.int64) * W + o_w
+    o_p = tl.arange(0, LANES * PIXELS)
+    i_b, first, i_s = place(lane + o_p // PIXELS, strips, chunks, rows)
+    o_y = i_s * PIXELS + o_p % PIXELS
+    m_y = m_c & by_position((i_b < samples) & (o_y < W), LAST)
+    position = first.to(tl.int64) * W + o_y
+    sample = i_b * (y_sample * UNIT_Y)
+    y_row = W.to(tl.int64)
     if LAST:
-        p_y = sample + by_channel(o_c, LAST) + by_position(position * C, LAST)
+        y_row *= C
+        p_y = y + by_channel(o_c, LAST) + by_position(sample + position * C, LAST)
     else:
-        p_y = sample + by_channel(o_c * plane, LAST) + by_position(position, LAST)
-    mask = m_c & by_position((o_h < height) & (o_w < W), LAST)
-    tl.store(p_y, b_y.to(y.dtype.element_ty), mask=mask)
+        p_y = y + by_channel(o_c * (height * y_row), LAST) + by_position(sample + position, LAST)
+    left = by_position(tl.minimum(height - first, rows), LAST)
+
+    # The next row is on its way while one is added.
+    m_row = m_x & (row >= 0) & (row < end)
+    ahead = load_row(p_x, x_column, o_x, W, m_row, LAST, PIXELS, KERNEL)
+    for _ in range(0, above + KERNEL // 2):
+        pixels = pixels_of(ahead, LAST, PIXELS, KERNEL, ACC)
+        row += 1
+        p_x += x_row
+        m_row = m_x & (row >= 0) & (row < end)
+        ahead = load_row(p_x, x_column, o_x, W, m_row, LAST, PIXELS, KERNEL)
+        z, sums = add_row(sums, pixels, b_taps, b_z, PIXELS, KERNEL)
+    for i in range(0, rows):
+        pixels = pixels_of(ahead, LAST, PIXELS, KERNEL, ACC)
+        row += 1
+        p_x += x_row
+        m_row = m_x & (row >= 0) & (row < end)
+        ahead = load_row(p_x, x_column, o_x, W, m_row, LAST, PIXELS, KERNEL)
+        z, sums = add_row(sums, pixels, b_taps, b_z, PIXELS, KERNEL)
+        b_y = join(z)
+        # float32 means float32.
+        if LAST:
+            b_y = tl.reshape(tl.permute(b_y, (0, 2, 1)), (LANES * PIXELS, BLOCK_D)).to(b_w.dtype)
+            b_y = tl.dot(b_y, b_w, input_precision="ieee", out_dtype=ACC)
+        else:
+            b_y = tl.reshape(b_y, (BLOCK_D, LANES * PIXELS)).to(b_w.dtype)
+            b_y = tl.dot(b_w, b_y, input_precision="ieee", out_dtype=ACC)
+        if pointwise_bias is not None:
+            b_bias = tl.load(pointwise_bias + o_c, mask=m_d, other=0.0).to(ACC)
+            b_y += by_channel(b_bias, LAST)
+        tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_y & (i < left))
+        p_y += y_row
+
+
+def split_rows(height: int, programs: int) -> tuple[int, int]:
+    """(chunks, rows of each) of pictures that would take so many programs undivided."""
+    chunks = triton.cdiv(height, ROWS)
+    while programs * chunks < PROGRAMS and triton.cdiv(height, 2 * chunks) >= FEWEST_ROWS:
+        chunks *= 2
+    rows = triton.cdiv(height, chunks)
+    return triton.cdiv(height, rows), rows
 
 
 @lru_cache(maxsize=1024)
@@ -126,28 +165,30 @@ def plan_separable_conv(
     """
     B, C, H, W = shape
     block_d = max(16, triton.next_power_of_2(group_channels))
-    positions = ELEMENTS[dtype.itemsize] // block_d
-    block_w = min(triton.next_power_of_2(W), WIDTH_LAST if last else WIDTH, positions)
-    block_h = min(triton.next_power_of_2(H), positions // block_w)
-    # Products have 16 rows at least.
-    block_h = max(block_h, 16 // block_w)
+    # Of a thread: channels, whose taps stay in its registers, and pixels, in NCHW 16 bytes.
+    if last:
+        channels, pixels, lanes = 1 if dtype.itemsize == 8 else 2, 4, LANES_LAST
+    else:
+        channels, pixels, lanes = 1, 8 if dtype.itemsize == 2 else 4, LANES
+    # Products have 16 positions at least.
+    lanes = max(min(lanes, THREADS * channels // block_d), 16 // pixels)
+    groups, strips = C // group_channels, triton.cdiv(W, pixels)
+    chunks, rows = split_rows(H, groups * triton.cdiv(B * strips, lanes))
+    # Rows above the picture are left out where all lanes begin at its top.
+    above = 0 if chunks == 1 else kernel_size // 2
     # An axis of length 1 may have any stride; it is never stepped along.
     strides = [s if n > 1 else 0 for s, n in zip(stride, shape, strict=True)]
     strides[1 if last else 3] = 0
-    # The taps of NCHW are shifted along the contiguous axis: every second one is aligned by pairs.
-    wide = 16 // dtype.itemsize if last else 2
+    wide = 16 // dtype.itemsize
     unit, unit_w = math.gcd(wide, *strides), 1 if last else math.gcd(wide, W)
     y_sample = y_sample if B > 1 else 0
     # Samples need not be aligned to more than pixels or rows are.
     unit_y = math.gcd(y_sample, wide, group_channels if last else unit_w)
     steps = [*(s // unit for s in strides), y_sample // unit_y]
-    groups, h_blocks, w_blocks = (
-        C // group_channels, triton.cdiv(H, block_h), triton.cdiv(W, block_w)
-    )  # fmt: skip
     return Launch(
         separable_conv_kernel,
-        (B * h_blocks * w_blocks * groups, 1),
-        (*steps, H, W // unit_w, groups, h_blocks, w_blocks),
+        (groups * triton.cdiv(B * chunks * strips, lanes), 1),
+        (*steps, B, H, W // unit_w, groups, strips, chunks, rows, above),
         {
             "UNIT": unit,
             "UNIT_W": unit_w,
@@ -156,9 +197,9 @@ def plan_separable_conv(
             "D": group_channels,
             "KERNEL": kernel_size,
             "BLOCK_D": block_d,
-            "BLOCK_H": block_h,
-            "BLOCK_W": block_w,
+            "LANES": lanes,
+            "PIXELS": pixels,
             "ACC": Tiling.acc(dtype),
         },
-        {"num_warps": 4 if last else 8, "num_stages": 1},
+        {"num_warps": max(1, lanes * block_d // (32 * channels)), "num_stages": 1},
     )
