@@ -20,6 +20,7 @@ import ast
 import json
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ try:
     from accelerate.utils import AutocastKwargs, DistributedType, set_seed
     from timm.data import Mixup
     from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+    from timm.models.vision_transformer_hybrid import ConvStem, HybridEmbed
     from timm.optim import create_optimizer_v2
     from timm.scheduler import create_scheduler_v2
     from timm.utils import ModelEmaV3
@@ -44,7 +46,7 @@ from vit_attention import put_in
 from vit_data import drawn_loaders, folder_loaders
 
 NAMES = "softmax, softmax_conv, focused, mlla, rala, a layer of fbila.layers or a feature map"
-SMALL = {"patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4}
+SMALL = {"embed_dim": 128, "depth": 6, "num_heads": 4}
 
 
 class Record:
@@ -63,6 +65,15 @@ class Record:
         vars(self).update(state)
 
 
+def convolutions(depth: int) -> dict:
+    """Arguments of a model whose tokens come from convolutions, each of half the side.
+
+    From patches softmax learns nothing of the drawn pictures for thousands of steps.
+    """
+    stem = ConvStem(depth=depth, stride=(2,) * depth)
+    return {"patch_size": 1, "embed_layer": partial(HybridEmbed, backbone=stem)}
+
+
 def build(args: argparse.Namespace, classes: int) -> nn.Module:
     """The model, with its attention put in after its weights are there."""
     model = timm.create_model(
@@ -74,6 +85,7 @@ def build(args: argparse.Namespace, classes: int) -> nn.Module:
         global_pool="avg",
         drop_path_rate=args.drop_path,
         **args.model_kwargs,
+        **(convolutions(args.stem) if args.stem else {}),
     )
     if args.start_from is not None:
         model.load_state_dict(load_file(args.start_from / "model.safetensors"))
@@ -238,6 +250,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--attention", default="focused", help=f"{NAMES} (%(default)s)")
     add("--model", default="vit_tiny_patch16_224", help="of timm (%(default)s)")
     add("--model-kwargs", nargs="*", metavar="NAME=VALUE", help="for it (a small model)")
+    add("--stem", type=int, help="convolutions of stride 2 for patches (2 in the small model)")
     add("--pretrained", action="store_true", help="start from timm's weights")
     add("--start-from", type=Path, help="--output of a training with softmax to start from")
     add("--output", type=Path, help="(outputs/vit/ATTENTION)")
@@ -279,7 +292,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         )
     if args.cuda_graph and not torch.cuda.is_available():
         parser.error("--cuda-graph needs a CUDA GPU")
-    args.model_kwargs = SMALL if args.model_kwargs is None else given
+    if args.model_kwargs is None:
+        given, args.stem = SMALL, 2 if args.stem is None else args.stem
+    args.model_kwargs = given
     if args.output is None:
         args.output = Path("outputs/vit") / args.attention
     return args

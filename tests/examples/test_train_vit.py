@@ -64,6 +64,17 @@ class TestTraining:
             attention = model.blocks[0].attn
             assert type(getattr(attention, "layer", attention)).__name__ == target
 
+    def test_tokens_are_made_by_convolutions(self, tmp_path):
+        small = train_vit.build(train_vit.parse([]), 7)
+        assert small.patch_embed.grid_size == (16, 16)
+        assert len(small.patch_embed.backbone) == 2
+        words = f"{TINY} --stem 1".replace("patch_size=4", "").split()
+        result = train_vit.main([*words, "--output", str(tmp_path), "--epochs", "1"])
+        assert result["settings"]["stem"] == 1
+        model = train_vit.build(train_vit.parse(words), 7)
+        assert model.patch_embed.grid_size == (8, 8)
+        model.load_state_dict(load_file(tmp_path / "model.safetensors"))
+
     def test_it_learns(self, tmp_path):
         result, _ = run(
             tmp_path, "--attention focused --pictures 32 --epochs 25 --lr 1e-2 --mixup 0"
