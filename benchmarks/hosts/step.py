@@ -2,10 +2,11 @@
 
 The gate: before it is timed, a way is compared with the same function by PyTorch's own operations
 in float32, on one picture. It may err by 1.5 times as much as those operations do in 16 bits: in
-the answer, and in training in all gradients together. Where they are wrong themselves, the host has
-a bound, and their time is taken none the less. Pictures too large for that in reasonable time are
-compared with the same function in 16 bits, and smaller ones in float32. What is compiled may differ
-from the same model in eager mode, on the whole batch, by twice the bound.
+the answer, and in training in all gradients together; in each parameter's by four times as much,
+and 0.03. Where they are wrong themselves, the host has a bound, and their time is taken none the
+less. Pictures too large for that in reasonable time are compared with the same function in 16
+bits, and smaller ones in float32. What is compiled may differ from the same model in eager mode, on
+the whole batch, by twice the bound.
 """
 
 import copy
@@ -23,6 +24,9 @@ from .models import HOSTS
 from .rows import Row
 
 FACTOR = 1.5
+# Of one parameter's gradient: this many times what PyTorch's operations err by, and this more; not
+# where they err by so much.
+ONE, LEAST, NOISE = 4.0, 0.03, 0.3
 # What torch.compile is told beside that shapes stay as they are.
 COMPILE: dict[str, object] = {}
 
@@ -150,7 +154,29 @@ class Training(Inference):
         with torch.autocast(device, self.dtype, **options):
             answer = self.host.call(model, inputs).float()
         # Not of the answer alone, whose gradient would vanish with it.
-        return (answer - torch.linspace(-1, 1, answer.shape[-1]).to(answer)).square().mean()
+        wanted = torch.linspace(-1, 1, answer.shape[-1], device=answer.device)
+        return (answer - wanted).square().mean()
+
+    def _check(self, name: str) -> dict[str, float]:
+        errors = super()._check(name)
+        same = self.host.same[name]
+        if name != same:
+            errors["parameter"] = self._worst_parameter(name, same)
+        return errors
+
+    def _worst_parameter(self, name: str, same: str) -> float:
+        """The largest error of one parameter's gradient, which may be lost among all of them."""
+        sizes = [p.numel() for p in self.model.parameters() if p.requires_grad]
+        gradients = (self._of(name), self._of(same), self._truth(same)[0])
+        worst = 0.0
+        for x, plain, truth in zip(*(each.split(sizes) for each in gradients), strict=True):
+            bound = relative(plain, truth)
+            # Where 16 bits are all rounding they tell nothing.
+            if bound < NOISE:
+                error = relative(x, truth)
+                require("error of a parameter's gradient", error, ONE * bound + LEAST)
+                worst = max(worst, error)
+        return worst
 
     def _result(self, model: nn.Module, inputs: Inputs, exactly: bool = False) -> Tensor:
         loss = self._loss(model, inputs, half=not exactly)

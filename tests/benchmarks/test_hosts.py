@@ -1,6 +1,8 @@
 """The command on a CPU: a tiny backbone goes all the way into JSON, tables and a plot."""
 
+import dataclasses
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -67,10 +69,12 @@ def test_every_row_is_measured(result):
         record = content["cases"][row.name]
         assert record["status"] == "measured"
         assert list(record["attentions"]) == ["softmax", "linear"]
-        for outcome in record["attentions"].values():
+        for way, outcome in record["attentions"].items():
             assert outcome["ms"] > 0
             assert len(outcome["by_turn"]) == row.rounds
             compared = {"eager"} if row.mode == "compiled" else set()
+            if row.kind == "training" and way == "linear":
+                compared.add("parameter")
             assert set(outcome["errors"]) == {"float32", "float32_bound"} | compared
 
 
@@ -115,6 +119,24 @@ def test_a_mistake_has_no_time(kind, mistake, monkeypatch):
     assert record["goals"][0]["over"] is None
     printed = lines("row", record)
     assert printed[1].startswith("row  linear   wrong: error against float32 ")
+
+
+def test_a_parameter_that_is_wrong_among_many_has_no_time(monkeypatch):
+    """A fifth of one norm's gradient is missing, which is little of all gradients."""
+    linear = HOSTS["tiny"].ways["linear"]
+
+    @contextmanager
+    def wrong(model):
+        weight = model.blocks[0].norm2.weight
+        hook = weight.register_hook(lambda gradient: gradient * 0.8)
+        with linear(model):
+            yield
+        hook.remove()
+
+    ways = {**HOSTS["tiny"].ways, "linear": wrong}
+    monkeypatch.setitem(models.HOSTS, "tiny", dataclasses.replace(HOSTS["tiny"], ways=ways))
+    record = measured(tiny("training/eager/tiny/64"))
+    assert "error of a parameter's gradient" in record["attentions"]["linear"]["wrong"]
 
 
 def test_what_the_compiler_gets_wrong_has_no_time(monkeypatch):

@@ -72,6 +72,8 @@ def test_rows_are_measured(result):
         for way, outcome in record["attentions"].items():
             assert outcome["ms"] > 0
             compared = {"eager"} if WAYS[way][1] else set()
+            if (row.kind, row.part) == ("training", "models") and WAYS[way][0] == "fbila":
+                compared.add("parameter")
             assert set(outcome["errors"]) == {"float32", "float32_bound"} | compared
 
 
