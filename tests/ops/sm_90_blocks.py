@@ -6,6 +6,7 @@ kernel takes of a multiprocessor.
 
 import itertools
 import json
+import re
 from functools import partial
 
 import torch
@@ -145,6 +146,11 @@ def calls():
             )
 
 
+def carried(ttir: str) -> list[int]:
+    """How many values each loop takes from one round to the next."""
+    return [values.count("=") for values in re.findall(r"scf\.for .* iter_args\((.*?)\) ->", ttir)]
+
+
 def main() -> None:
     recorded: list[tuple] = []
     Launch.__call__ = lambda launch, *tensors: recorded.append((launch, tensors))
@@ -160,6 +166,7 @@ def main() -> None:
                 binary = compile_sm_90(launch, arguments)
                 compiled[key] = {
                     "accesses": accesses(binary.asm["ptx"], arguments.pointers),
+                    "carried": carried(binary.asm["ttir"]),
                     **resources(binary.asm["cubin"]),
                 }
             found[f"{name}: {launch.kernel.__name__}"] = compiled[key]

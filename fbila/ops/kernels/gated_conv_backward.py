@@ -95,7 +95,10 @@ def gated_conv_backward_kernel(
         w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7, w_8 = load_taps(taps + o_c, C, m_c, ACC)
     zero = tl.zeros((QUADS, BLOCK), ACC)
     t_l, t_0, t_1, t_2, t_3, t_r = zero, zero, zero, zero, zero, zero
-    c_l, c_0, c_1, c_2, c_3, c_r = zero, zero, zero, zero, zero, zero
+    # Another value than `zero`: Triton takes a variable that becomes what it was, by identity, for
+    # one that does not change, and t becomes c.
+    below = tl.zeros((QUADS, BLOCK), ACC)
+    c_l, c_0, c_1, c_2, c_3, c_r = below, below, below, below, below, below
     if sums is not None:
         k_0, k_1, k_2, k_3, k_4, k_5, k_6, k_7, k_8 = (
             zero, zero, zero, zero, zero, zero, zero, zero, zero,
