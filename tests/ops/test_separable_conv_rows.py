@@ -59,12 +59,12 @@ def test_results_do_not_depend_on_other_samples(size, order):
 
 def test_rows_are_divided_for_enough_programs():
     assert split_rows(32, 2000) == (1, 32)
-    assert split_rows(256, 2000) == (8, 32)
-    assert split_rows(33, 2000) == (2, 17)
+    assert split_rows(256, 2000) == (4, 64)
+    assert split_rows(65, 2000) == (2, 33)
     assert split_rows(32, 512) == (2, 16)
-    assert split_rows(14, 1) == (4, 4)
-    assert split_rows(7, 1) == (2, 4)
-    assert split_rows(6, 1) == (1, 6)
+    assert split_rows(32, 1) == (4, 8)
+    assert split_rows(14, 1) == (1, 14)
+    assert split_rows(16, 1) == (2, 8)
     for height in range(1, 200):
         chunks, rows = split_rows(height, 1)
-        assert (chunks - 1) * rows < height <= chunks * rows and rows >= min(height, 4)
+        assert (chunks - 1) * rows < height <= chunks * rows and rows >= min(height, 8)

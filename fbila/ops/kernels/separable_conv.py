@@ -23,10 +23,10 @@ from .tiling import Tiling
 
 # Lanes of a program in NCHW and in channels_last, as far as it has so many threads: with 5 x 5 taps
 # a thread takes 128 registers of a multiprocessor's 65536 in NCHW, and 168 in channels_last.
-LANES, LANES_LAST, THREADS = 4, 8, 128
+LANES, LANES_LAST, THREADS = 2, 4, 128
 # The most and, for the sake of more programs, the fewest rows of a chunk, of which k - 1 more are
 # read than written.
-ROWS, FEWEST_ROWS = 32, 4
+ROWS, FEWEST_ROWS = 64, 8
 # Enough for every multiprocessor several times.
 PROGRAMS = 1024
 
