@@ -45,7 +45,7 @@ def in_kernel(dy, h, weight, bias, needs_grad):
     du = torch.empty_like(h)
     plan_gated_conv(dy.shape, h.dtype, dtypes_of(taps, bias, dy))(h, taps, bias, dy, du)
     launch, add_up, shape = plan_gated_conv_backward(
-        h.shape, h.dtype, taps.dtype, dtypes_of(dh, dweight, dbias)
+        h.shape, h.dtype, taps.dtype, dtypes_of(dweight, dbias)
     )
     sums = None if add_up is None else h.new_empty(shape, dtype=sum_dtype(h))
     launch(h, du, taps, dh, sums)

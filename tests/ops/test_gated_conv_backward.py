@@ -9,6 +9,7 @@ from fbila.ops.gated_conv_backward_library import in_kernel, in_pytorch
 from fbila.ops.gated_conv_library import gated_depthwise_conv
 from fbila.ops.kernels import gated_conv_backward
 from fbila.ops.kernels.gated_conv_backward import plan_gated_conv_backward
+from fbila.ops.kernels.launch import Launch
 
 from .test_gated_conv import KINDS, SHAPES, draw, exact, inputs
 
@@ -68,6 +69,16 @@ def test_only_what_is_wanted_is_made(function, needed):
     every = function(*tensors, ALL)
     for want, x, y in zip(wanted, function(*tensors, wanted), every, strict=True):
         assert torch.equal(x, y) if want else x.numel() == 0
+
+
+@pytest.mark.parametrize("needed", range(1, 8), ids="{:03b}".format)
+def test_sums_are_for_weights_alone(needed, monkeypatch):
+    tensors = problem((1, 3, 4, 2), torch.float32)
+    launched = []
+    monkeypatch.setattr(Launch, "__call__", lambda self, *_: launched.append(self.kernel.__name__))
+    in_kernel(*tensors, [bool(needed & 1), bool(needed & 2), bool(needed & 4)])
+    expected = ["gated_conv_kernel", "gated_conv_backward_kernel"]
+    assert launched == (expected if needed == 1 else [*expected, "gated_conv_sums_kernel"])
 
 
 def test_sums_of_many_programs(monkeypatch):
