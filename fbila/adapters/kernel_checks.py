@@ -69,7 +69,10 @@ def trained(module: nn.Module | None) -> bool:
 def read_by_maps(x: Tensor) -> torch.dtype:
     """The dtype in which convolutions and linear maps read x, or a norm of x."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    # Autocast does not know the meta device.
+    if x.is_meta or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 def takes(weight: Any, x: Tensor) -> bool:
@@ -87,6 +90,8 @@ def plain(module: nn.Module, kind: type) -> bool:
         and "forward" not in own
         and not own["_forward_hooks"]
         and not own["_forward_pre_hooks"]
+        and not own["_backward_hooks"]
+        and not own["_backward_pre_hooks"]
     )
 
 

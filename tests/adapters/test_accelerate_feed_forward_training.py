@@ -85,6 +85,21 @@ def test_frozen_weights_get_no_gradient(name, wanted, kernels):
             torch.testing.assert_close(actual[key], y, rtol=1e-4, atol=bound, msg=key)
 
 
+@each_layer
+@pytest.mark.parametrize("part", ["conv_inverted", "nonlinearity", "conv_depth", "conv_point"])
+def test_hooks_on_gradients_are_called(name, part, kernels):
+    make, x = LAYERS[name]
+    model, called = make(), []
+    handle = fbila.accelerate(model)
+    model.layer.get_submodule(part).register_full_backward_hook(lambda *_: called.append(part))
+    gradients(model, x)
+    fast = len(called)
+    handle.unmount()
+    gradients(model, x)
+    assert len(called) == 2 * fast > 0
+    assert not kernels
+
+
 @pytest.mark.parametrize("name", ["Sana", "SanaVideo"])
 @torch.no_grad()
 def test_inference_under_autocast(name, kernels):

@@ -149,6 +149,14 @@ def test_sanas_are_three_where_they_are_something_else(products):
     assert len(called) == 2
 
 
+@pytest.mark.parametrize("hook", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_hooks_on_gradients_are_called(hook, products):
+    model, called = made_sana(), []
+    getattr(model[0].to_k, hook)(lambda *args: called.append(args))
+    assert_gradients_like_stock(model, products, [(24, 24)] * 4)
+    assert len(called) == 2
+
+
 @torch.no_grad()
 def test_sanas_are_three_in_inference(products):
     model, x = made_sana(), tokens()

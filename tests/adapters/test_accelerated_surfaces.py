@@ -7,7 +7,7 @@ from functorch.compile import make_boxed_func
 from helpers import DEVICE
 from linear_models import CASES, Case
 from timm.models._features_fx import create_feature_extractor
-from torch import nn
+from torch import Tensor, nn
 from torch._decomp import get_decompositions
 from torch._dynamo.backends.common import aot_autograd
 
@@ -135,6 +135,19 @@ def test_a_single_picture(case: Case):
     stock = one.run(model)
     fbila.accelerate(model)
     assert_near(one.run(model), stock)
+
+
+@each
+@torch.no_grad()
+def test_shapes_without_numbers(case: Case):
+    inputs = {
+        name: x.to("meta") if isinstance(x, Tensor) else x for name, x in case.inputs().items()
+    }
+    case, model = case._replace(inputs=lambda: inputs), case.make().to("meta")
+    stock = case.run(model)
+    fbila.accelerate(model)
+    y = case.run(model)
+    assert y.is_meta and y.shape == stock.shape and y.dtype == stock.dtype
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 64), (32, 95), (64, 31)])
