@@ -21,12 +21,13 @@ SHAPES = [
 EPS = 1e-5
 
 
-@pytest.fixture(params=["one launch", "three launches"])
+@pytest.fixture(params=["one launch", "three launches", "three launches, merged in steps"])
 def way(request, monkeypatch):
-    """Small tensors take either way, the second with several tiles, parts and steps of a merge."""
-    if request.param == "three launches":
+    """Small tensors take either way, the second with several tiles and parts."""
+    if request.param != "one launch":
         monkeypatch.setattr(group_sizes, "LONGEST", 0)
-        for name, value in (("STATISTICS", 128), ("APPLY", 128), ("PROGRAMS", 3), ("PARTS", 16)):
+        parts = 16 if "steps" in request.param else split_kernels.PARTS
+        for name, value in (("STATISTICS", 128), ("APPLY", 128), ("PROGRAMS", 3), ("PARTS", parts)):
             monkeypatch.setattr(split_kernels, name, value)
     group_norm_library.planned.cache_clear()
     yield request.param

@@ -90,6 +90,23 @@ def group_statistics_kernel(
     tl.store(p_part + all_parts, c_m2, mask=m_c)
 
 
+@triton.jit
+def load_parts(
+    p_part, shift, x_bias, row, first, i, all_parts, positions, part, group_channels, parts,
+    BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Of a group's parts from i on: mean, sum of squares, share, and whether there is one."""
+    o = i + tl.arange(0, BLOCK)
+    mask = o < group_channels * parts
+    # In parts of the whole, which is not a sum that could grow large.
+    whole = 1.0 / (positions.to(ACC) * group_channels)
+    share = tl.minimum(positions - (o % parts) * part, part).to(ACC) * whole
+    b_z = added(shift, x_bias, row, first + o // parts, mask, ACC)
+    b_z += tl.load(p_part + o, mask=mask, other=0.0)
+    b_m2 = tl.load(p_part + all_parts + o, mask=mask, other=0.0) * whole
+    return b_z, b_m2, share, mask
+
+
 @kernel
 def group_merge_kernel(
     scratch, shift, x_bias, weight, statistics,
@@ -102,26 +119,28 @@ def group_merge_kernel(
     first = i_g * group_channels
     parts_of_group = group_channels * parts
     p_part = scratch + (row + first) * parts
-    # In parts of the whole, which is not a sum that could grow large.
-    whole = 1.0 / (positions.to(ACC) * group_channels)
-    b_mean = tl.zeros((BLOCK,), dtype=ACC)
-    for i in range(0, parts_of_group, BLOCK):
-        o = i + tl.arange(0, BLOCK)
-        mask = o < parts_of_group
-        share = tl.minimum(positions - (o % parts) * part, part).to(ACC) * whole
-        b_z = added(shift, x_bias, row, first + o // parts, mask, ACC)
-        b_z += tl.load(p_part + o, mask=mask, other=0.0)
-        b_mean += tl.where(mask, b_z * share, 0.0)
+    # The first block, seldom not of all parts, is kept from one pass to the other.
+    b_z, b_m2, share, mask = load_parts(
+        p_part, shift, x_bias, row, first, 0, all_parts, positions, part, group_channels, parts,
+        BLOCK, ACC,
+    )  # fmt: skip
+    b_mean = tl.where(mask, b_z * share, 0.0)
+    for i in range(BLOCK, parts_of_group, BLOCK):
+        c_z, _, c_share, c_mask = load_parts(
+            p_part, shift, x_bias, row, first, i, all_parts, positions, part, group_channels, parts,
+            BLOCK, ACC,
+        )  # fmt: skip
+        b_mean += tl.where(c_mask, c_z * c_share, 0.0)
     mean = tl.sum(b_mean, 0)
-    b_variance = tl.zeros((BLOCK,), dtype=ACC)
-    for i in range(0, parts_of_group, BLOCK):
-        o = i + tl.arange(0, BLOCK)
-        mask = o < parts_of_group
-        share = tl.minimum(positions - (o % parts) * part, part).to(ACC) * whole
-        b_z = added(shift, x_bias, row, first + o // parts, mask, ACC)
-        b_d = b_z + tl.load(p_part + o, mask=mask, other=0.0) - mean
-        b_m2 = tl.load(p_part + all_parts + o, mask=mask, other=0.0)
-        b_variance += tl.where(mask, b_m2 * whole + b_d * b_d * share, 0.0)
+    b_d = b_z - mean
+    b_variance = tl.where(mask, b_m2 + b_d * b_d * share, 0.0)
+    for i in range(BLOCK, parts_of_group, BLOCK):
+        c_z, c_m2, c_share, c_mask = load_parts(
+            p_part, shift, x_bias, row, first, i, all_parts, positions, part, group_channels, parts,
+            BLOCK, ACC,
+        )  # fmt: skip
+        c_d = c_z - mean
+        b_variance += tl.where(c_mask, c_m2 + c_d * c_d * c_share, 0.0)
     inverse = 1.0 / tl.sqrt(tl.sum(b_variance, 0) + tl.full((), eps, ACC))
     if statistics is not None:
         tl.store(statistics + tl.program_id(0), mean)
