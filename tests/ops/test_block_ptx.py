@@ -35,7 +35,8 @@ def test_all_kernels_are_seen(kernels):
     assert {name.split(": ")[1] for name in kernels} == {
         "group_statistics_kernel", "group_merge_kernel", "group_apply_kernel",
         "short_group_norm_kernel", "add_bias_kernel", "geglu_kernel", "norm_kernel",
-        "grad_norm_kernel", "geglu_backward_kernel", "short_group_norm_backward_kernel",
+        "narrow_norm_kernel", "grad_norm_kernel", "geglu_backward_kernel",
+        "short_group_norm_backward_kernel",
         "group_grad_parts_kernel", "group_grad_merge_kernel", "group_grad_apply_kernel",
         "gated_conv_kernel", "gated_conv_backward_kernel", "gated_conv_sums_kernel",
         "separable_conv_kernel",
@@ -86,6 +87,15 @@ def test_the_gradient_of_the_gated_convolution_keeps_two_rows(kernels):
     for name, kernel in found.items():
         # Six pixels of each row, ten sums, and where the next row is.
         assert kernel["carried"] == [2 * 6 + 10 + 3], name
+
+
+def test_a_warp_of_narrow_rows_has_the_next_ones_on_their_way(kernels):
+    found = {n: k for n, k in kernels.items() if n.endswith(": narrow_norm_kernel")}
+    assert len(found) == 2 * 3 + 2
+    for name, kernel in found.items():
+        assert kernel["carried"] == [1], name
+        # Sixteen programs on a multiprocessor.
+        assert kernel.get("registers", 0) <= 128, name
 
 
 def test_a_row_of_the_separable_convolution_is_loaded_once_for_all_taps(kernels):
