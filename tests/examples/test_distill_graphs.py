@@ -33,14 +33,6 @@ def model(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(params=KINDS)
 def recorded(request, monkeypatch):
     """What is recorded in graphs, or by what stands for them where there is no GPU."""

@@ -21,15 +21,6 @@ from scene_reader import Reading  # noqa: E402
 from scenes import Object, Scene, render, sample_scenes  # noqa: E402
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """See the adapters' tests: small models wait for their threads more than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A pipeline folder with LinFusion weights beside it. Not to be written to."""

@@ -37,15 +37,6 @@ WRITES = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """See the adapters' tests: small models wait for their threads more than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A pipeline folder for 64 pixels with LinFusion weights beside it. Not to be written to."""

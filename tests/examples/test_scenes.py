@@ -32,15 +32,6 @@ CIRCLE = ("red", "circle", "in the top left")
 STAR = ("blue", "star", "in the bottom right")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """See the adapters' tests: small tensors wait for their threads more than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def scene_of(ground, *objects) -> Scene:
     return Scene(ground, frozenset(Object(*o) for o in objects))
 

@@ -22,15 +22,6 @@ from tiny_sd_trainer import Trainer  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """See the adapters' tests: small models wait for their threads more than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module", autouse=True)
 def own_signal_handler():
     """The trainer's handler ends with these tests."""
     before = signal.getsignal(signal.SIGTERM)

@@ -24,15 +24,6 @@ TINY = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """See the adapters' tests: small models wait for their threads more than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def run(output, words=""):
     result = train_vit.main(f"{TINY} --output {output} {words}".split())
     return result, load_file(output / "model.safetensors")
