@@ -134,20 +134,20 @@ def store_pixel(y, o_y, dy, o_dy, C, a, g, mask):
         tl.store(y + o_y + C, (d * a * slope).to(y.dtype.element_ty), mask=mask)
 
 
-@kernel
-def gated_conv_kernel(
-    h, taps, bias, dy, y,
-    height: "i64", width: "i64", channels: "i64", rows: "i64",
-    blocks: "i32", strips: "i32", chunks: "i32",
-    UNIT: tl.constexpr, QUADS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+@triton.jit
+def strip_of(
+    width, channels, rows, blocks, strips, chunks,
+    UNIT: tl.constexpr, QUADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A program's channels and their mask; its place among those with these, its sample and its
+    first row; its pixels, every fourth of them, and which of those and their neighbours there are.
+    """
     # Programs that run together read channels that are side by side.
     o_c = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     i_s = tl.program_id(0) // blocks
     strip = (i_s % strips).to(tl.int64)
     first = (i_s // strips % chunks).to(tl.int64) * rows
     i_b = (i_s // strips // chunks).to(tl.int64)
-    C = channels * UNIT
     o_x = strip * (4 * QUADS) + 4 * tl.arange(0, QUADS)
     m_c = inside(o_c, channels, UNIT)
     m_l = ((o_x > 0) & (o_x <= width))[:, None] & m_c[None, :]
@@ -156,6 +156,20 @@ def gated_conv_kernel(
     m_2 = (o_x + 2 < width)[:, None] & m_c[None, :]
     m_3 = (o_x + 3 < width)[:, None] & m_c[None, :]
     m_r = (o_x + 4 < width)[:, None] & m_c[None, :]
+    return o_c, m_c, i_s, i_b, first, o_x, m_l, m_0, m_1, m_2, m_3, m_r
+
+
+@kernel
+def gated_conv_kernel(
+    h, taps, bias, dy, y,
+    height: "i64", width: "i64", channels: "i64", rows: "i64",
+    blocks: "i32", strips: "i32", chunks: "i32",
+    UNIT: tl.constexpr, QUADS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    o_c, m_c, _, i_b, first, o_x, m_l, m_0, m_1, m_2, m_3, m_r = strip_of(
+        width, channels, rows, blocks, strips, chunks, UNIT, QUADS, BLOCK
+    )
+    C = channels * UNIT
     # Of the values and of the gates.
     w_a0, w_a1, w_a2, w_a3, w_a4, w_a5, w_a6, w_a7, w_a8 = load_taps(taps + o_c, 2 * C, m_c, ACC)
     w_g0, w_g1, w_g2, w_g3, w_g4, w_g5, w_g6, w_g7, w_g8 = load_taps(

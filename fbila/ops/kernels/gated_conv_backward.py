@@ -18,8 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .channels import inside
-from .gated_conv import Strips, load_taps, silu_and_slope
+from .gated_conv import Strips, load_taps, silu_and_slope, strip_of
 from .launch import Launch, kernel
 from .tiling import Tiling
 
@@ -76,21 +75,10 @@ def gated_conv_backward_kernel(
     blocks: "i32", strips: "i32", chunks: "i32",
     UNIT: tl.constexpr, QUADS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    # Programs that run together read channels that are side by side.
-    o_c = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    i_s = tl.program_id(0) // blocks
-    strip = (i_s % strips).to(tl.int64)
-    first = (i_s // strips % chunks).to(tl.int64) * rows
-    i_b = (i_s // strips // chunks).to(tl.int64)
+    o_c, m_c, i_s, i_b, first, o_x, m_l, m_0, m_1, m_2, m_3, m_r = strip_of(
+        width, channels, rows, blocks, strips, chunks, UNIT, QUADS, BLOCK
+    )
     C = channels * UNIT
-    o_x = strip * (4 * QUADS) + 4 * tl.arange(0, QUADS)
-    m_c = inside(o_c, channels, UNIT)
-    m_l = ((o_x > 0) & (o_x <= width))[:, None] & m_c[None, :]
-    m_0 = (o_x < width)[:, None] & m_c[None, :]
-    m_1 = (o_x + 1 < width)[:, None] & m_c[None, :]
-    m_2 = (o_x + 2 < width)[:, None] & m_c[None, :]
-    m_3 = (o_x + 3 < width)[:, None] & m_c[None, :]
-    m_r = (o_x + 4 < width)[:, None] & m_c[None, :]
     if dh is not None:
         w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7, w_8 = load_taps(taps + o_c, C, m_c, ACC)
     zero = tl.zeros((QUADS, BLOCK), ACC)
