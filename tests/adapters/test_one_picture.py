@@ -260,8 +260,13 @@ def test_transforms_and_traces_see_stock(written):
     fbila.accelerate(model)
     module = model[0]
     assert_near(torch.vmap(module)(x.unflatten(0, (2, 2))).flatten(0, 1), stock)
-    _, slope = torch.func.jvp(module, (x,), (x,))
-    assert slope.any()
+    if CUDA:
+        # Attention's own kernels have no forward derivative.
+        with pytest.raises(RuntimeError):
+            torch.func.jvp(module, (x,), (x,))
+    else:
+        _, slope = torch.func.jvp(module, (x,), (x,))
+        assert slope.any()
     traced = torch.jit.trace(module, x, check_trace=False)
     assert not written
     assert_near(traced(x[:2]), stock[:2])
