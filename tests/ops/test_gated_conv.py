@@ -13,7 +13,7 @@ KINDS = [*DTYPES, torch.float64]
 # Rows of several chunks, strips that are not full, odd channels, and pictures of one pixel.
 SHAPES = [
     (2, 5, 7, 6), (1, 1, 1, 1), (1, 9, 20, 40), (2, 2, 3, 72), (1, 13, 1, 8), (1, 1, 9, 3),
-    (1, 4, 5, 264),
+    (1, 4, 5, 264), (1, 5, 29, 10),
 ]  # fmt: skip
 
 

@@ -32,8 +32,8 @@ _WARPS = 4
 # A thread's channels. The 18 taps of each stay in its registers, which leave no room for more; a
 # warp reads 128 bytes of 16-bit channels side by side.
 _CHANNELS = 2
-# Fours of pixels across a strip, and its rows, of which two more are read than written.
-_QUADS, _ROWS = 2, 32
+# Fours of pixels across a strip at most, and its rows, of which two more are read than written.
+_QUADS, _ROWS = 4, 32
 # Enough for every multiprocessor several times.
 _PROGRAMS = 1024
 
@@ -232,7 +232,10 @@ class Strips(NamedTuple):
     def of(shape: tuple[int, ...], itemsize: int, most_rows: int, least: int) -> "Strips":
         """For results `(B, H, W, C)`; `least` programs, as far as there are four rows for each."""
         B, H, W, C = shape
-        quads = min(_QUADS, triton.next_power_of_2(triton.cdiv(W, 4)))
+        fours = triton.cdiv(W, 4)
+        # In 4 bytes wider strips spill; and they must not cover more beyond a picture's edge.
+        quads = _QUADS if itemsize == 2 and triton.cdiv(fours, 2) % 2 == 0 else _QUADS // 2
+        quads = min(quads, triton.next_power_of_2(fours))
         block = min(_CHANNELS * 32 * _WARPS // quads, triton.next_power_of_2(C))
         strips, blocks = triton.cdiv(W, 4 * quads), triton.cdiv(C, block)
         chunks = triton.cdiv(H, most_rows)
