@@ -94,8 +94,9 @@ def test_a_warp_of_narrow_rows_has_the_next_ones_on_their_way(kernels):
     assert len(found) == 2 * 3 + 2
     for name, kernel in found.items():
         assert kernel["carried"] == [1], name
-        # Sixteen programs on a multiprocessor.
-        assert kernel.get("registers", 0) <= 128, name
+        # Twenty programs on a multiprocessor, or sixteen.
+        sixteen = "of float32" in name and "rms" not in name
+        assert kernel.get("registers", 0) <= (128 if sixteen else 96), name
 
 
 def test_a_row_of_the_separable_convolution_is_loaded_once_for_all_taps(kernels):

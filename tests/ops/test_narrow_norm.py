@@ -129,9 +129,12 @@ def test_one_warp_has_rows_of_4096_bytes(D, dtype):
 
 
 def test_programs_are_no_more_than_tiles_and_no_more_than_run_at_one_time():
-    assert plan(2, 131072, 320).grid == (1056, 2, 1)
-    assert plan(1, 32768, 640).grid == (2112, 1, 1)
-    assert plan(1, 32768, 1024).grid == (1584, 1, 1)
+    assert plan(2, 131072, 320).grid == (1320, 2, 1)
+    assert plan(1, 32768, 640).grid == (2640, 1, 1)
+    assert plan(1, 32768, 768).grid == (2112, 1, 1)
+    assert plan(1, 32768, 1024).grid == (1980, 1, 1)
+    assert plan(1, 32768, 640, torch.float32).grid == (2112, 1, 1)
+    assert plan(1, 32768, 1024, torch.float32).grid == (1584, 1, 1)
     assert plan(5000, 7, 640).grid == (1, 5000, 1)
     assert plan(2, 3, 640).grid == (3, 2, 1)
     assert plan(2, 3, 320).grid == (2, 2, 1)

@@ -19,8 +19,8 @@ from .tiling import Tiling
 ELEMENTS = 2048
 # Bytes that one warp sums at a time, of rows that are no longer, and at most how many of them.
 NARROW, ROWS = 4096, 128
-# Programs over narrow rows of all sets: 16 for each multiprocessor of the largest GPU.
-PROGRAMS = 2112
+# Programs over narrow rows of all sets, at most: 20 for each multiprocessor of the largest GPU.
+PROGRAMS = 2640
 
 
 def in_units(
@@ -68,8 +68,12 @@ def plan_norm(
     block = min(ROWS, elements // width)
     # As measured: rows of 320 are faster in pieces of 256, of 640 in pieces of 128.
     piece = min(width, 128 * block)
-    # Where hardly anything is masked, a multiprocessor has registers for 12 programs.
-    programs = PROGRAMS * 3 // 4 if elements - D < elements // 8 else PROGRAMS
+    # As many as a multiprocessor has registers for at one time: fewer where little is masked.
+    masked, short = elements - D, dtype.itemsize == 2
+    if masked < elements // 8:
+        programs = PROGRAMS * (15 if short else 12) // 20
+    else:
+        programs = PROGRAMS * (20 if short and masked > elements // 4 else 16) // 20
     return Launch(
         narrow_norm_kernel,
         (min(triton.cdiv(R, block), max(1, programs // P)), P),
