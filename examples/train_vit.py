@@ -2,13 +2,15 @@
 
     python examples/train_vit.py --attention focused --output outputs/focused
     python examples/train_vit.py --attention focused --start-from outputs/softmax --epochs 2
+    python examples/train_vit.py --dataset torch/fashion_mnist --data data --size 28 --stem 1
     accelerate launch examples/train_vit.py --data pictures/ --size 224 --attention rala \
         --model vit_small_patch16_224 --model-kwargs --batch-size 256 --epochs 300 --mixup 0.8
 
 The model is timm's, without class token; only its attention differs. So are the ingredients:
 transforms and loader, Mixup and label smoothing, optimizer, schedule, and the average of weights,
 which is what is evaluated, on held-out pictures, after each epoch. `--data` is a folder with
-`train` and `val`, each with a folder of pictures for each class; without it, pictures are drawn.
+`train` and `val`, each with a folder of pictures for each class, or, with `--dataset`, the one that
+holds that; without either, pictures are drawn.
 
 Weights (`model.safetensors`), curves (`result.json`) and, after each epoch, all that is needed to
 go on (`checkpoint.pt`) are in `--output`; `--resume` goes on there, on a CPU bit for bit.
@@ -20,21 +22,18 @@ import ast
 import json
 import math
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 try:
-    import timm
     from accelerate import Accelerator
     from accelerate.utils import AutocastKwargs, DistributedType, set_seed
     from timm.data import Mixup
     from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-    from timm.models.vision_transformer_hybrid import ConvStem, HybridEmbed
     from timm.optim import create_optimizer_v2
     from timm.scheduler import create_scheduler_v2
     from timm.utils import ModelEmaV3
@@ -42,11 +41,10 @@ except ImportError as error:
     raise SystemExit(f"{error}. This example needs: pip install fbila[train,timm]") from error
 
 from graphed import Graphed
-from vit_attention import put_in
-from vit_data import drawn_loaders, folder_loaders
+from vit_data import add_arguments, loaders
+from vit_model import SMALL, build
 
 NAMES = "softmax, softmax_conv, focused, mlla, rala, a layer of fbila.layers or a feature map"
-SMALL = {"embed_dim": 128, "depth": 6, "num_heads": 4}
 
 
 class Record:
@@ -63,33 +61,6 @@ class Record:
 
     def load_state_dict(self, state: dict) -> None:
         vars(self).update(state)
-
-
-def convolutions(depth: int) -> dict:
-    """Arguments of a model whose tokens come from convolutions, each of half the side.
-
-    From patches softmax learns nothing of the drawn pictures for thousands of steps.
-    """
-    stem = ConvStem(depth=depth, stride=(2,) * depth)
-    return {"patch_size": 1, "embed_layer": partial(HybridEmbed, backbone=stem)}
-
-
-def build(args: argparse.Namespace, classes: int) -> nn.Module:
-    """The model, with its attention put in after its weights are there."""
-    model = timm.create_model(
-        args.model,
-        pretrained=args.pretrained,
-        img_size=args.size,
-        num_classes=classes,
-        class_token=False,
-        global_pool="avg",
-        drop_path_rate=args.drop_path,
-        **args.model_kwargs,
-        **(convolutions(args.stem) if args.stem else {}),
-    )
-    if args.start_from is not None:
-        model.load_state_dict(load_file(args.start_from / "model.safetensors"))
-    return put_in(model, args.attention)
 
 
 @torch.no_grad()
@@ -111,7 +82,6 @@ def evaluate(accelerator: Accelerator, model: nn.Module, loader) -> dict[str, fl
 def train(accelerator: Accelerator, args: argparse.Namespace) -> dict:
     """Trains, and returns what `result.json` holds."""
     args.output.mkdir(parents=True, exist_ok=True)
-    loaders = folder_loaders if args.data else drawn_loaders
     loader, held_out, classes = loaders(args, accelerator)
     if len(loader) == 0:
         raise SystemExit(f"There are fewer training pictures than --batch-size {args.batch_size}.")
@@ -255,16 +225,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--start-from", type=Path, help="--output of a training with softmax to start from")
     add("--output", type=Path, help="(outputs/vit/ATTENTION)")
     add("--resume", action="store_true", help="go on from the checkpoint in --output, if any")
-    add("--data", help="folder with train/ and val/; without it pictures are drawn")
-    add("--size", type=int, default=64, help="side of the pictures in pixels (%(default)s)")
-    add("--pictures", type=int, default=24576, help="drawn for training (%(default)s)")
-    add("--held-out", type=int, default=10000, help="drawn for evaluation (%(default)s)")
-    add("--noise", type=float, default=0.1, help="in drawn pictures (%(default)s)")
-    add("--workers", type=int, default=4, help="that read the folder (%(default)s)")
-    add("--scale", type=float, nargs=2, default=[0.35, 1.0], help="of random crops (folder)")
-    add("--crop", type=float, default=0.9, help="share of the centre that is evaluated (folder)")
-    add("--auto-augment", help="timm's name of a policy (folder)")
-    add("--erasing", type=float, default=0.0, help="probability of random erasing (folder)")
     add("--epochs", type=int, default=24, help="warm-up included (%(default)s)")
     add("--batch-size", type=int, default=128, help="for each process (%(default)s)")
     add("--opt", default="adamw", help="timm's name of an optimizer (%(default)s)")
@@ -282,6 +242,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--cuda-graph", action="store_true", help="replay the step from its fourth on")
     add("--log-every", type=int, default=16, help="steps (%(default)s)")
     add("--seed", type=int, default=0)
+    add_arguments(parser)
     args = parser.parse_args(arguments)
     try:
         given = dict(pair.split("=", 1) for pair in args.model_kwargs or ())
