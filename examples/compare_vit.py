@@ -8,8 +8,9 @@ the same budget. With `--finetune EPOCHS`, each is then put in the place of the 
 trained softmax model and trained on for so long; softmax itself goes on as well, for comparison.
 Arguments that are unknown here go to `train_vit.py`.
 
-A training that is done is not repeated, and one that was interrupted goes on where it was. All
-results are in `results.json`, with the curves and, for each attention, the mean over seeds.
+Trainings run on all visible GPUs, `--jobs` at a time on each. One that is done is not repeated, and
+one that was interrupted goes on where it was. All results are in `results.json`, with the curves
+and, for each attention, the mean over seeds.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import platform
 import sys
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from importlib.metadata import version
+from multiprocessing.queues import Queue
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -43,14 +45,34 @@ def run_one(words: list[str]) -> None:
         main([*words, "--resume"])
 
 
-def share_cores(jobs: int) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+def gpus() -> list[str]:
+    """Those that are visible, as CUDA_VISIBLE_DEVICES names them."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(n) for n in range(count)]
+
+
+def settle(places: Queue, count: int) -> None:
+    """Takes one of `count` places, with its GPU and its share of the cores, for this process.
+
+    That comes in time: CUDA reads the variable when it is first used, not when torch is imported.
+    """
+    gpu = places.get()
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
 
 
 def processes(jobs: int) -> Executor:
+    """As many as `jobs` on each GPU, or on the CPU."""
     # A process that was forked could not use the GPU.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(jobs, context, share_cores, (jobs,))
+    taken: Queue = context.Queue()
+    # The first ones on different GPUs, in case there are fewer trainings than places.
+    places = (gpus() or [None]) * jobs
+    for place in places:
+        taken.put(place)
+    return ProcessPoolExecutor(len(places), context, settle, (taken, len(places)))
 
 
 def run_all(trainings: list[list[str]], pool: Executor, description: str) -> None:
@@ -104,10 +126,11 @@ def table(title: str, rows: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> dict[str, str]:
+def machine() -> dict[str, str | int]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     names = ("torch", "timm", "accelerate")
-    return {"device": gpu, **{name: version(name) for name in names}}
+    count = max(1, torch.cuda.device_count())
+    return {"device": gpu, "devices": count, **{name: version(name) for name in names}}
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -117,7 +140,7 @@ def main(arguments: list[str] | None = None) -> dict:
     add = parser.add_argument
     add("--attentions", nargs="+", default=ATTENTIONS)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--jobs", type=int, default=1, help="trainings at a time, on one device (%(default)s)")
+    add("--jobs", type=int, default=1, help="trainings at a time on each device (%(default)s)")
     add("--finetune", type=int, default=0, metavar="EPOCHS", help="also from softmax weights")
     add("--finetune-lr", type=float, default=5e-4, help="(%(default)s)")
     add("--output", type=Path, default=Path("outputs/vit"), help="(%(default)s)")
