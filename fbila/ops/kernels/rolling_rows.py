@@ -14,11 +14,14 @@ import triton.language as tl
 
 
 @triton.jit
-def load_taps(p, mask, zero, KERNEL: tl.constexpr):
-    """Row by row, of the type and the shape of `zero`."""
+def load_taps(p, mask, zero, KERNEL: tl.constexpr, TURNED: tl.constexpr = False):
+    """Row by row, of the type and the shape of `zero`; `TURNED`: by half a turn."""
     taps = ()
     for j in tl.static_range(KERNEL * KERNEL):
-        tap = tl.load(p + j, mask=mask, other=0.0).to(zero.dtype)
+        if TURNED:
+            tap = tl.load(p + (KERNEL * KERNEL - 1 - j), mask=mask, other=0.0).to(zero.dtype)
+        else:
+            tap = tl.load(p + j, mask=mask, other=0.0).to(zero.dtype)
         taps += (tl.broadcast_to(tap, zero.shape),)
     return taps
 

@@ -1,0 +1,214 @@
+"""A depthwise k x k convolution of tokens on a grid, and what is added to it, in one launch.
+
+    y_c = act(addend_c + bias_c + sum_ij taps_ijc x_c(h + i - k // 2, w + j - k // 2))
+
+x, addend, y: `(B, H, W, C)`, contiguous along C; act is the identity or SiLU. It is computed in
+float32 and rounded once. With the taps turned by half a turn it is its own gradient by x.
+
+A program has a block of channels in `LANES` lanes. A lane is `PIXELS` columns of a grid, down which
+it goes for a chunk of its rows; the lanes of all samples are numbered through, so that small grids
+fill a program together. See `rolling_rows.py`.
+"""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .channels import inside
+from .features import exp
+from .launch import Launch, kernel
+from .rolling_rows import add_row, begin, load_row, load_taps, pixels_of
+from .separable_conv import place
+from .tiling import Tiling
+
+# Columns of a lane, and of a thread's channels bytes: taps and sums stay in its registers.
+PIXELS, BYTES = 4, {3: 8, 5: 4}
+# Of a program, and the most channels of one.
+THREADS, BLOCK = 128, 128
+# The most and, for the sake of more programs, the fewest rows of a chunk, of which k - 1 more are
+# read than written.
+ROWS, FEWEST_ROWS = 64, 8
+# Enough for every multiprocessor several times.
+PROGRAMS = 1024
+
+
+@kernel
+def depthwise_conv_kernel(
+    x, taps, bias, addend, y,
+    x_sample: "i64", x_row: "i64", x_column: "i64",
+    a_sample: "i64", a_row: "i64", a_column: "i64",
+    samples: "i32", height: "i32", width: "i32", channels: "i32",
+    sets: "i32", of_samples: "i32", strips: "i32", chunks: "i32", rows: "i32", above: "i32",
+    UNIT: tl.constexpr, UNIT_A: tl.constexpr, UNIT_C: tl.constexpr,
+    TURNED: tl.constexpr, SILU: tl.constexpr, KERNEL: tl.constexpr,
+    BLOCK: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    # Blocks of channels are fastest: programs that run together share the lines they meet in.
+    C = channels.to(tl.int64) * UNIT_C
+    blocks = tl.cdiv(C, BLOCK).to(tl.int32)
+    o_c = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    lane = tl.program_id(0) // blocks * LANES + tl.arange(0, LANES)
+    m_c = inside(o_c, channels, UNIT_C)[None, :]
+    i_b, first, i_s = place(lane, strips, chunks, rows)
+    there = (i_b < samples)[:, None] & m_c
+    o_x = (i_s * PIXELS)[:, None]
+    column = o_x.to(tl.int64)
+
+    b_0 = tl.zeros((LANES, BLOCK), dtype=ACC)
+    # As many sets of taps as there are, in turn: one for all channels, for a head's, or a sample's.
+    o_t = ((i_b * of_samples)[:, None] * C + o_c[None, :]) % (sets.to(tl.int64) * UNIT_C)
+    b_taps = load_taps(taps + o_t * (KERNEL * KERNEL), there, b_0, KERNEL, TURNED)
+    if bias is not None:
+        b_0 += tl.load(bias + o_t, mask=there, other=0.0).to(ACC)
+    sums = begin(b_0, PIXELS, KERNEL)
+
+    row = (first - above)[:, None]
+    # Of what is read: rows below belong to the next chunk.
+    end = tl.minimum(row + (above + rows + KERNEL // 2), height)
+    p_x = x + (i_b * (x_sample * UNIT))[:, None] + o_c[None, :]
+    p_x += row.to(tl.int64) * (x_row * UNIT) + column * (x_column * UNIT)
+    ahead = load_row(
+        p_x, x_column * UNIT, o_x, width, there & (row >= 0) & (row < end), True, PIXELS, KERNEL
+    )
+    for _ in range(0, above + KERNEL // 2):
+        pixels = pixels_of(ahead, True, PIXELS, KERNEL, ACC)
+        row += 1
+        p_x += x_row * UNIT
+        # The next row is on its way while one is added.
+        ahead = load_row(
+            p_x, x_column * UNIT, o_x, width, there & (row >= 0) & (row < end), True, PIXELS, KERNEL
+        )
+        _, sums = add_row(sums, pixels, b_taps, b_0, PIXELS, KERNEL)
+
+    position = first[:, None].to(tl.int64) * width + column
+    p_y = y + ((i_b * height)[:, None] * width + position) * C + o_c[None, :]
+    p_a = addend
+    if addend is not None:
+        p_a += (i_b * (a_sample * UNIT_A))[:, None] + o_c[None, :]
+        p_a += first[:, None].to(tl.int64) * (a_row * UNIT_A) + column * (a_column * UNIT_A)
+    left = tl.minimum(height - first, rows)[:, None]
+    for i in range(0, rows):
+        pixels = pixels_of(ahead, True, PIXELS, KERNEL, ACC)
+        row += 1
+        p_x += x_row * UNIT
+        ahead = load_row(
+            p_x, x_column * UNIT, o_x, width, there & (row >= 0) & (row < end), True, PIXELS, KERNEL
+        )
+        z, sums = add_row(sums, pixels, b_taps, b_0, PIXELS, KERNEL)
+        for j in tl.static_range(PIXELS):
+            b_y = z[j]
+            m_y = there & (i < left) & (o_x + j < width)
+            if addend is not None:
+                b_y += tl.load(p_a + j * (a_column * UNIT_A), mask=m_y, other=0.0).to(ACC)
+            if SILU:
+                b_y = b_y / (1.0 + exp(-b_y))
+            tl.store(p_y + j * C, b_y.to(y.dtype.element_ty), mask=m_y)
+        p_y += width * C
+        if addend is not None:
+            p_a += a_row * UNIT_A
+
+
+class Lanes(NamedTuple):
+    """How grids are divided among programs: the constants and the numbers of a kernel."""
+
+    block: int
+    lanes: int
+    strips: int
+    chunks: int
+    rows: int
+    warps: int
+
+    @staticmethod
+    def of(shape: tuple[int, ...], itemsize: int, kernel_size: int) -> "Lanes":
+        """For grids `(B, H, W, C)` of elements of so many bytes."""
+        B, H, W, C = shape
+        of_thread = max(1, BYTES[kernel_size] // itemsize)
+        block = block_of(C)
+        strips = triton.cdiv(W, PIXELS)
+        most = triton.next_power_of_2(B * strips * triton.cdiv(H, FEWEST_ROWS))
+        lanes = max(1, min(THREADS * of_thread // block, most))
+        chunks, rows = split_rows(H, triton.cdiv(C, block) * triton.cdiv(B * strips, lanes))
+        warps = max(1, lanes * block // (32 * of_thread))
+        return Lanes(block, lanes, strips, chunks, rows, warps)
+
+
+def block_of(channels: int) -> int:
+    """Channels of a program: as many as leave none of them idle, if that is not very few."""
+    block = min(BLOCK, triton.next_power_of_2(channels))
+    while block > 32 and channels % block:
+        block //= 2
+    return block
+
+
+def split_rows(height: int, programs: int) -> tuple[int, int]:
+    """(chunks, rows of each) of grids that would take so many programs undivided."""
+    chunks = triton.cdiv(height, ROWS)
+    while programs * chunks < PROGRAMS and triton.cdiv(height, 2 * chunks) >= FEWEST_ROWS:
+        chunks *= 2
+    rows = triton.cdiv(height, chunks)
+    return triton.cdiv(height, rows), rows
+
+
+def strides_of(
+    shape: tuple[int, ...], stride: tuple[int, ...] | None, itemsize: int
+) -> tuple[list[int], int]:
+    """Of samples, rows and columns, in units of so many elements, at most 16 bytes of them."""
+    if stride is None:
+        return [0, 0, 0], 1
+    # An axis of length 1 may have any stride; it is never stepped along.
+    steps = [s if n > 1 else 0 for s, n in zip(stride[:3], shape[:3], strict=True)]
+    unit = math.gcd(16 // itemsize, *steps)
+    return [s // unit for s in steps], unit
+
+
+@lru_cache(maxsize=1024)
+def plan_depthwise_conv(
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    stride_a: tuple[int, ...] | None,
+    kernel_size: int,
+    sets: int,
+    turned: bool,
+    silu: bool,
+    dtypes: tuple[torch.dtype | None, ...],
+) -> Launch:
+    """shape, stride: of x; stride_a: of the addend, if there is one.
+
+    sets: How many channels have taps of their own: all C, those of one head, or B * C.
+    dtypes: Of x, taps, bias, addend and y.
+    """
+    B, H, W, C = shape
+    dtype, dtype_a = dtypes[0], dtypes[3]
+    assert dtype is not None
+    plan = Lanes.of(shape, dtype.itemsize, kernel_size)
+    strides, unit = strides_of(shape, stride, dtype.itemsize)
+    strides_a, unit_a = strides_of(shape, stride_a, dtype_a.itemsize if dtype_a else 1)
+    unit_c = math.gcd(16 // dtype.itemsize, C, sets)
+    # Rows above the grid are left out where all lanes begin at its top.
+    above = 0 if plan.chunks == 1 else kernel_size // 2
+    programs = triton.cdiv(C, plan.block) * triton.cdiv(B * plan.chunks * plan.strips, plan.lanes)
+    return Launch(
+        depthwise_conv_kernel,
+        (programs, 1),
+        (
+            *strides, *strides_a, B, H, W, C // unit_c, sets // unit_c, int(sets == B * C),
+            plan.strips, plan.chunks, plan.rows, above,
+        ),
+        {
+            "UNIT": unit,
+            "UNIT_A": unit_a,
+            "UNIT_C": unit_c,
+            "TURNED": turned,
+            "SILU": silu,
+            "KERNEL": kernel_size,
+            "BLOCK": plan.block,
+            "LANES": plan.lanes,
+            "PIXELS": PIXELS,
+            "ACC": Tiling.acc(dtype),
+        },
+        {"num_warps": plan.warps, "num_stages": 1},
+    )  # fmt: skip

@@ -1,0 +1,228 @@
+"""The gradients of a depthwise convolution of tokens by its taps and its bias.
+
+    dtap_ijc = sum_bhw dy_c(h - i + k // 2, w) x_c(h, w + j - k // 2),      dbias_c = sum_bhw dy_c
+
+x, dy `(B, H, W, C)`, contiguous along C -> the sums of each program, `(parts, k k + 1, C)`: those
+of the taps and that of the bias, which a second kernel adds up. A program has a block of channels
+in `LANES` lanes, which go down the rows of x with k rows of dy at hand, of which each is read once.
+What it adds up is of one sample where samples have taps of their own. The sums are added up in one
+order every time.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from .channels import inside
+from .depthwise_conv import PIXELS, Lanes, strides_of
+from .launch import Launch, kernel
+from .rolling_rows import load_row, pixels_of
+from .separable_conv import place
+from .tiling import Tiling
+
+# Enough for every multiprocessor several times.
+PROGRAMS = 528
+# Of the kernel that adds up: sums of a program, and how many parts it reads at a time.
+COLUMNS, AT_A_TIME = 64, 16
+
+
+@triton.jit
+def load_pixels(p, step, o_x, width, mask, PIXELS: tl.constexpr):
+    row = ()
+    for j in tl.static_range(PIXELS):
+        row += (tl.load(p + j * step, mask=mask & (o_x + j < width), other=0.0),)
+    return row
+
+
+@triton.jit
+def add_products(sums, window, below, pixels, PIXELS: tl.constexpr, KERNEL: tl.constexpr):
+    """Adds a row of x times rows of dy, of which `window` has all but the lowest, in `below`."""
+    total = ()
+    for i in tl.static_range(KERNEL):
+        for j in tl.static_range(KERNEL):
+            s = sums[i * KERNEL + j]
+            for pixel in tl.static_range(PIXELS):
+                # The row of dy that is i - k // 2 rows above that of x.
+                if i == 0:  # noqa: SIM108  the window has no such row
+                    d = below[pixel]
+                else:
+                    d = window[(KERNEL - 1 - i) * PIXELS + pixel]
+                s = tl.fma(d, pixels[pixel + j], s)
+            total += (s,)
+    s = sums[KERNEL * KERNEL]
+    for pixel in tl.static_range(PIXELS):
+        s += window[KERNEL // 2 * PIXELS + pixel]
+    total += (s,)
+    return total
+
+
+@triton.jit
+def shifted(window, below, PIXELS: tl.constexpr, KERNEL: tl.constexpr):
+    """The window one row further down."""
+    rows = ()
+    for i in tl.static_range(KERNEL - 2):
+        for pixel in tl.static_range(PIXELS):
+            rows += (window[(i + 1) * PIXELS + pixel],)
+    for pixel in tl.static_range(PIXELS):
+        rows += (below[pixel],)
+    return rows
+
+
+@kernel
+def depthwise_conv_sums_kernel(
+    x, dy, sums,
+    x_sample: "i64", x_row: "i64", x_column: "i64",
+    d_sample: "i64", d_row: "i64", d_column: "i64",
+    height: "i32", width: "i32", channels: "i32",
+    strips: "i32", chunks: "i32", rows: "i32", works: "i32", parts: "i32", of_sample: "i32",
+    UNIT: tl.constexpr, UNIT_D: tl.constexpr, UNIT_C: tl.constexpr, KERNEL: tl.constexpr,
+    BLOCK: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    SIDE: tl.constexpr = KERNEL // 2
+    C = channels.to(tl.int64) * UNIT_C
+    blocks = tl.cdiv(C, BLOCK).to(tl.int32)
+    o_c = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i_p = tl.program_id(0) // blocks
+    m_c = inside(o_c, channels, UNIT_C)
+    zero = tl.zeros((LANES, BLOCK), dtype=ACC)
+    total = ()
+    for _ in tl.static_range(KERNEL * KERNEL + 1):
+        total += (zero,)
+    # Of one sample, or of all of them, that a part is of.
+    own = i_p // parts * works
+    for work in range(own + i_p % parts, own + works, parts):
+        i_b = (work // of_sample).to(tl.int64)
+        lane = work % of_sample * LANES + tl.arange(0, LANES)
+        _own, first, i_s = place(lane, strips, chunks, rows)
+        there = (lane < strips * chunks)[:, None] & m_c[None, :]
+        o_x = (i_s * PIXELS)[:, None]
+        row = first[:, None]
+        end = tl.minimum(row + rows, height)
+        start = row.to(tl.int64)
+        p_x = x + i_b * (x_sample * UNIT) + o_c[None, :] + start * (x_row * UNIT)
+        p_x += o_x.to(tl.int64) * (x_column * UNIT)
+        p_d = dy + i_b * (d_sample * UNIT_D) + o_c[None, :] + (start - SIDE) * (d_row * UNIT_D)
+        p_d += o_x.to(tl.int64) * (d_column * UNIT_D)
+        window = ()
+        for i in tl.static_range(KERNEL - 1):
+            r = row + (i - SIDE)
+            above = load_pixels(
+                p_d, d_column * UNIT_D, o_x, width, there & (r >= 0) & (r < height), PIXELS
+            )
+            for j in tl.static_range(PIXELS):
+                window += (above[j].to(ACC),)
+            p_d += d_row * UNIT_D
+        ahead = load_row(
+            p_x, x_column * UNIT, o_x, width, there & (row < end), True, PIXELS, KERNEL
+        )
+        under = load_pixels(
+            p_d, d_column * UNIT_D, o_x, width, there & (row + SIDE < height), PIXELS
+        )
+        for _row in range(0, rows):
+            pixels = pixels_of(ahead, True, PIXELS, KERNEL, ACC)
+            below = ()
+            for j in tl.static_range(PIXELS):
+                below += (under[j].to(ACC),)
+            # The next rows are on their way while these are multiplied.
+            row += 1
+            p_x += x_row * UNIT
+            p_d += d_row * UNIT_D
+            ahead = load_row(
+                p_x, x_column * UNIT, o_x, width, there & (row < end), True, PIXELS, KERNEL
+            )
+            under = load_pixels(
+                p_d, d_column * UNIT_D, o_x, width, there & (row + SIDE < height), PIXELS
+            )
+            total = add_products(total, window, below, pixels, PIXELS, KERNEL)
+            window = shifted(window, below, PIXELS, KERNEL)
+    p_s = sums + i_p.to(tl.int64) * (KERNEL * KERNEL + 1) * C + o_c
+    for j in tl.static_range(KERNEL * KERNEL + 1):
+        tl.store(p_s + j * C, tl.sum(total[j], 0), mask=m_c)
+
+
+@kernel
+def add_up_kernel(
+    sums, dtaps, dbias,
+    channels: "i32", sets: "i32", repeats: "i32", parts: "i32",
+    TAPS: tl.constexpr, COLUMNS: tl.constexpr, AT_A_TIME: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    i_t, o_r = tl.program_id(1), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    m_r = o_r < sets
+    # A sample's own taps have parts of their own.
+    i_g, o_c = (o_r // channels).to(tl.int64), o_r % channels
+    total = tl.zeros((COLUMNS,), dtype=ACC)
+    for part in range(0, parts, AT_A_TIME):
+        o_p = part + tl.arange(0, AT_A_TIME)
+        p_s = sums + ((i_g * parts)[None, :] + o_p[:, None]) * ((TAPS + 1) * channels)
+        m_s = (o_p < parts)[:, None] & m_r[None, :]
+        for head in range(0, repeats):
+            o_s = i_t * channels + head * sets + o_c[None, :]
+            total += tl.sum(tl.load(p_s + o_s, mask=m_s, other=0.0), 0)
+    if i_t < TAPS:
+        if dtaps is not None:
+            tl.store(dtaps + o_r.to(tl.int64) * TAPS + i_t, total.to(dtaps.dtype.element_ty), m_r)
+    elif dbias is not None:
+        tl.store(dbias + o_r, total.to(dbias.dtype.element_ty), mask=m_r)
+
+
+@lru_cache(maxsize=1024)
+def plan_depthwise_conv_sums(
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    stride_d: tuple[int, ...],
+    kernel_size: int,
+    sets: int,
+    dtypes: tuple[torch.dtype | None, ...],
+) -> tuple[Launch, Launch, tuple[int, ...]]:
+    """The launches of both kernels, and the shape of the sums between them.
+
+    dtypes: Of x, dy, the gradients of the taps and of the bias.
+    """
+    B, H, W, C = shape
+    dtype, dtype_d = dtypes[0], dtypes[1]
+    assert dtype is not None and dtype_d is not None
+    plan = Lanes.of((1, *shape[1:]), max(dtype.itemsize, dtype_d.itemsize), kernel_size)
+    strides, unit = strides_of(shape, stride, dtype.itemsize)
+    strides_d, unit_d = strides_of(shape, stride_d, dtype_d.itemsize)
+    unit_c = math.gcd(16 // max(dtype.itemsize, dtype_d.itemsize), C)
+    groups = B if sets == B * C else 1
+    of_sample = triton.cdiv(plan.strips * plan.chunks, plan.lanes)
+    works = B // groups * of_sample
+    blocks = triton.cdiv(C, plan.block)
+    parts = max(1, min(works, triton.cdiv(PROGRAMS, blocks * groups)))
+    sums = Launch(
+        depthwise_conv_sums_kernel,
+        (blocks * groups * parts, 1),
+        (
+            *strides, *strides_d, H, W, C // unit_c,
+            plan.strips, plan.chunks, plan.rows, works, parts, of_sample,
+        ),
+        {
+            "UNIT": unit,
+            "UNIT_D": unit_d,
+            "UNIT_C": unit_c,
+            "KERNEL": kernel_size,
+            "BLOCK": plan.block,
+            "LANES": plan.lanes,
+            "PIXELS": PIXELS,
+            "ACC": Tiling.acc(dtype),
+        },
+        {"num_warps": plan.warps, "num_stages": 1},
+    )  # fmt: skip
+    taps = kernel_size**2
+    add_up = Launch(
+        add_up_kernel,
+        (triton.cdiv(sets, COLUMNS), taps + 1),
+        (C, sets, max(1, C // sets), parts),
+        {
+            "TAPS": taps,
+            "COLUMNS": COLUMNS,
+            "AT_A_TIME": AT_A_TIME,
+            "ACC": Tiling.acc(dtype),
+        },
+        {"num_warps": 4, "num_stages": 1},
+    )
+    return sums, add_up, (groups * parts, taps + 1, C)

@@ -1,0 +1,192 @@
+"""A depthwise convolution of tokens and what is added to it, against PyTorch in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import DEVICE, DTYPES
+
+from fbila.ops.depthwise_conv_library import (
+    backward_in_kernel,
+    backward_in_pytorch,
+    depthwise_conv,
+    in_kernel,
+    in_pytorch,
+)
+
+# Channels that no block divides, strips that are not full, rows of several chunks.
+SHAPES = [(2, 5, 7, 6), (1, 1, 1, 1), (3, 9, 5, 40), (1, 17, 2, 96)]
+ALL = [True, True, True]
+each_function = pytest.mark.parametrize("function", [in_kernel, in_pytorch])
+each_gradient = pytest.mark.parametrize("function", [backward_in_kernel, backward_in_pytorch])
+
+
+def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+
+def problem(shape, dtype, side=3, sets=None, kept=None):
+    """x, a part of a projection, with weight, bias and addend."""
+    B, H, W, C = shape
+    sets, kept = sets or C, kept or dtype
+    x = draw(B, H, W, 3 * C, dtype=dtype)[..., C : 2 * C]
+    weight = draw(sets, 1, side, side, dtype=kept, seed=1)
+    return x, weight, draw(sets, dtype=kept, seed=2), draw(*shape, dtype=dtype, seed=3)
+
+
+def exact(x, weight, bias=None, addend=None, silu=False):
+    x, weight, bias, addend = (None if t is None else t.double() for t in (x, weight, bias, addend))
+    B, H, W, C = x.shape
+    if len(weight) <= C:
+        weight = weight.repeat(B * C // len(weight), 1, 1, 1)
+        bias = None if bias is None else bias.repeat(B * C // len(bias))
+    picture = x.permute(0, 3, 1, 2).reshape(1, B * C, H, W)
+    y = F.conv2d(picture, weight, bias, padding=weight.shape[-1] // 2, groups=B * C)
+    y = y.view(B, C, H, W).permute(0, 2, 3, 1)
+    y = y if addend is None else y + addend
+    return F.silu(y) if silu else y
+
+
+def assert_near(actual, expected, factor=1):
+    bound = factor * (1 if actual.dtype.itemsize == 2 else 16) * torch.finfo(actual.dtype).eps
+    assert actual.shape == expected.shape
+    assert (actual.double() - expected).abs().max() <= bound * (expected.abs().max() + 1)
+
+
+def sets_of(kind, shape):
+    B, _, _, C = shape
+    return {"channels": C, "a head": max(1, C // 2), "samples": B * C}[kind]
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("side", [3, 5])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_function
+def test_it_is_exact(function, shape, side, dtype):
+    x, weight, bias, addend = problem(shape, dtype, side)
+    y = function(x, weight, bias, addend, False, False)
+    assert y.dtype == dtype and y.is_contiguous()
+    assert_near(y, exact(x, weight, bias, addend))
+
+
+@pytest.mark.parametrize("kind", ["channels", "a head", "samples"])
+@each_function
+def test_who_has_taps_of_its_own(function, kind):
+    shape = (3, 9, 5, 40)
+    x, weight, bias, _ = problem(shape, torch.float32, sets=sets_of(kind, shape))
+    assert_near(function(x, weight, None, None, False, False), exact(x, weight))
+    assert_near(function(x, weight, bias, x, False, True), exact(x, weight, bias, x, silu=True))
+    assert_near(function(x, weight, bias, None, True, False), exact(x, weight, bias, x))
+
+
+@each_function
+def test_the_addend_may_be_wider(function):
+    x, weight, bias, addend = problem((2, 5, 7, 8), torch.float16)
+    addend = addend.float() / 3
+    y = function(x, weight.float(), bias.float(), addend, False, False)
+    assert y.dtype == torch.float32
+    assert_near(y, exact(x, weight, bias, addend))
+
+
+@each_function
+def test_any_strides(function):
+    x, weight, bias, addend = problem((2, 5, 7, 8), torch.float32)
+    expected = exact(x, weight, bias, addend)
+    x = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    addend = addend.transpose(1, 2).contiguous().transpose(1, 2)
+    assert_near(function(x, weight, bias, addend, False, False), expected)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("side", [3, 5])
+@pytest.mark.parametrize("kind", ["channels", "a head", "samples"])
+@each_gradient
+def test_gradients_are_exact(function, kind, side, dtype):
+    shape = (2, 9, 5, 40)
+    x, weight, bias, dy = problem(shape, dtype, side, sets_of(kind, shape))
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+    expected = torch.autograd.grad(exact(*leaves), leaves, dy.double())
+    for found, wanted, like in zip(
+        function(dy, x, weight, bias, False, ALL), expected, (x, weight, bias), strict=True
+    ):
+        assert found.dtype == like.dtype
+        assert_near(found, wanted, 2)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 70, 1, 3)], ids=str)
+@each_gradient
+def test_gradients_of_a_sum_with_x(function, shape):
+    x, weight, bias, dy = problem(shape, torch.float32)
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+    y = exact(*leaves, addend=leaves[0])
+    expected = torch.autograd.grad(y, leaves, dy.double())
+    for found, wanted in zip(function(dy, x, weight, bias, True, ALL), expected, strict=True):
+        assert_near(found, wanted, 2)
+
+
+@pytest.mark.parametrize("needed", range(1, 8), ids="{:03b}".format)
+@each_gradient
+def test_only_what_is_wanted_is_made(function, needed):
+    x, weight, bias, dy = problem((1, 5, 6, 4), torch.float32)
+    wanted = [bool(needed & 1), bool(needed & 2), bool(needed & 4)]
+    every = function(dy, x, weight, bias, False, ALL)
+    some = function(dy, x, weight, bias, False, wanted)
+    for want, found, expected in zip(wanted, some, every, strict=True):
+        assert torch.equal(found, expected) if want else found.numel() == 0
+
+
+@pytest.mark.parametrize("silu", [False, True])
+def test_autograd(silu):
+    x, weight, bias, addend = problem((2, 5, 7, 8), torch.float64)
+    tensors = [t.detach().requires_grad_() for t in (x, weight, bias, addend)]
+    y = depthwise_conv(*tensors, silu=silu)
+    assert_near(y, exact(*tensors, silu=silu))
+    dy = draw(*y.shape, dtype=y.dtype, seed=4)
+    wanted = torch.autograd.grad(exact(*tensors, silu=silu), tensors, dy)
+    for found, expected in zip(torch.autograd.grad(y, tensors, dy), wanted, strict=True):
+        assert_near(found, expected)
+
+
+def test_the_op_is_registered_in_full():
+    x, weight, bias, addend = problem((2, 5, 7, 8), torch.float32)
+    x, weight, bias, addend = (t.requires_grad_() for t in (x, weight, bias, addend))
+    for arguments in (
+        (x, weight, bias, addend, False, False),
+        (x.detach(), weight.detach(), None, None, True, True),
+    ):
+        torch.library.opcheck(torch.ops.fbila.depthwise_conv, arguments)
+
+
+def test_gradients_of_gradients_are_refused():
+    x, weight, bias, _ = problem((1, 3, 4, 2), torch.float32)
+    x = x.detach().requires_grad_()
+    y = torch.ops.fbila.depthwise_conv(x, weight, bias, None, False, False)
+    (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiated twice"):
+        torch.autograd.grad(slope.sum(), x)
+
+
+def test_bad_shapes():
+    x, weight, bias, addend = problem((2, 5, 7, 8), torch.float32)
+    for arguments, words in (
+        ((x, weight[:3], None, None), "weight must be"),
+        ((x, weight[:, :, :2, :2], None, None), "weight must be"),
+        ((x, weight, bias[:3], None), "bias must be"),
+        ((x, weight, bias, addend[:, :4]), "addend must have"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            in_kernel(*arguments, False, False)
+
+
+def test_empty():
+    x, weight, bias, _ = problem((0, 5, 7, 8), torch.float32)
+    assert in_kernel(x, weight, bias, None, False, False).shape == x.shape
+    for found in backward_in_kernel(x, x, weight, bias, False, ALL):
+        assert not found.any()
+
+
+def test_results_are_the_same_every_time():
+    x, weight, bias, dy = problem((3, 33, 9, 24), torch.float32)
+    first = backward_in_kernel(dy, x, weight, bias, False, ALL)
+    again = backward_in_kernel(dy, x, weight, bias, False, ALL)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
