@@ -3,14 +3,26 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fbila import layers
+from fbila.layers.depthwise_conv import DepthwiseConv2d
 
 from . import official_pictures as pictures
 from . import official_tokens as tokens
 
+
+def convolution(
+    self: nn.Conv2d, x: Tensor, addend: Tensor | None = None, silu: bool = False
+) -> Tensor:
+    y = nn.Conv2d.forward(self, x)
+    y = y if addend is None else addend + y
+    return F.silu(y) if silu else y
+
+
 OFFICIAL = {
+    DepthwiseConv2d: convolution,
     layers.FocusedLinearAttention: tokens.focused,
     layers.InLineAttention: tokens.inline,
     layers.LiteMLA: pictures.lite_mla,

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from ..ops import focused_la
 from .checks import check_attn_drop, check_heads, check_kernel_size, check_sr_ratio
 from .grid import (
+    add_local_mixing,
     as_grid,
     as_pair,
     as_tokens,
     grid_of,
     heads_of,
-    local_mixing,
     reduced_size,
     resize_positions,
 )
@@ -135,8 +135,7 @@ class FocusedLinearAttention(nn.Module):
             scale=self.scale.view(self.num_heads, -1),
             eps=1e-6,
         )
-        local = local_mixing(self.dwc, v, H, W, self.num_heads)
-        out = out.transpose(1, 2).flatten(2) + local
+        out = add_local_mixing(out.transpose(1, 2).flatten(2), self.dwc, v, H, W)
         return self.proj_drop(self.proj(out))
 
     def extra_repr(self) -> str:

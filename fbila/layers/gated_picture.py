@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..ops import Rotary
 from .axial_rotary import AxialRotary, check_pairs
 from .checks import check_heads
+from .depthwise_conv import DepthwiseConv2d
 
 
 class GatedPictureAttention(nn.Module):
@@ -36,7 +37,7 @@ class GatedPictureAttention(nn.Module):
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
         self.qkvo = nn.Conv2d(dim, 4 * dim, 1, **factory)
-        self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **factory)
+        self.lepe = DepthwiseConv2d(dim, 5, **factory)
         self.proj = nn.Conv2d(dim, dim, 1, **factory)
         # A frequency's last step is the end point itself, and all heads have the same.
         self.rope = AxialRotary(dim // num_heads, endpoint=True)
@@ -58,7 +59,7 @@ class GatedPictureAttention(nn.Module):
         out = self.mix(q, k, v, self.rope(H, W, x) if rotary is None else rotary)
         _, _, values, gate = qkvo.chunk(4, 1)
         # A view likewise: the operators answer in the memory order of q.
-        out = out.mT.flatten(1, 2).unflatten(2, (H, W)) + self.lepe(values)
+        out = self.lepe(values, out.mT.flatten(1, 2).unflatten(2, (H, W)))
         return self.proj(out * gate)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, rotary: Any) -> Tensor:

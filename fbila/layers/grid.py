@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.autocast import without_autocast
+from ..ops.depthwise_conv_library import depthwise_conv
 
 
 def grid_of(tokens: int, H: int | None, W: int | None) -> tuple[int, int]:
@@ -81,25 +82,20 @@ def _resizing(length: int, to: int, dtype: torch.dtype, device: torch.device) ->
     return F.interpolate(one_each, (length, to), mode="bicubic", antialias=True)[0, 0]
 
 
-def local_mixing(conv: nn.Conv2d, v: Tensor, H: int, W: int, num_heads: int) -> Tensor:
-    """A depthwise convolution of the values `(B, M, C)` over the grid, `(B, N, C)`.
+def add_local_mixing(out: Tensor, conv: nn.Conv2d, v: Tensor, H: int, W: int) -> Tensor:
+    """out `(B, N, C)` and a depthwise convolution of the values `(B, M, C)` over the grid.
 
     Where there are fewer values than tokens they are first interpolated along the tokens, as if
     those were not rows of a grid: so it is in FLatten and PolaFormer, whose weights are used to it.
 
     Args:
+        out: What it is added to.
         conv: Of the C / heads channels of one head, whose kernels all heads share.
         v: The values.
         H: Rows.
         W: Columns.
-        num_heads: Heads.
     """
-    if v.shape[1] == H * W:
-        grid = as_grid(v, H, W)
-    else:
-        line = F.interpolate(v.transpose(1, 2), size=H * W, mode="linear")
-        grid = line.unflatten(-1, (H, W))
-    # Kernels are repeated, rather than the heads made batch items, which would copy v.
-    weight = conv.weight.repeat(num_heads, 1, 1, 1)
-    bias = None if conv.bias is None else conv.bias.repeat(num_heads)
-    return as_tokens(F.conv2d(grid, weight, bias, padding=conv.padding, groups=grid.shape[1]))
+    if v.shape[1] != H * W:
+        v = F.interpolate(v.transpose(1, 2), size=H * W, mode="linear").transpose(1, 2)
+    grid, addend = (x.unflatten(1, (H, W)) for x in (v, out))
+    return depthwise_conv(grid, conv.weight, conv.bias, addend).flatten(1, 2)

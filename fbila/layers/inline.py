@@ -13,12 +13,14 @@ https://arxiv.org/abs/2412.06590; LeapLabTHU/InLine.
 
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import simple_la
+from ..ops.depthwise_conv_library import depthwise_conv
 from .checks import check_attn_drop, check_heads
-from .grid import as_tokens, grid_of, heads_of
+from .grid import grid_of, heads_of
 
 KERNEL_FUNCTIONS = ("identity", "relu", "leakyrelu", "exp")
 
@@ -120,14 +122,19 @@ class InLineAttention(nn.Module):
         else:
             q, (k, v) = self.q(x), self.kv(x).chunk(2, -1)
         heads = self.num_heads
-        out = self.attend(heads_of(q, heads), heads_of(k, heads), heads_of(v, heads))
-        local = self.local(x, v[:, prefix:], H, W)
+        mean = v.mean(1, keepdim=True)
+        out = self.attend(heads_of(q, heads), heads_of(k, heads), heads_of(v - mean, heads))
+        first, grid = out[:, :prefix], out[:, prefix:]
+        out = self.add_local(grid, x, v[:, prefix:], mean, H, W)
         if prefix:
-            local = F.pad(local, (0, 0, prefix, 0))
-        return self.proj_drop(self.proj(out + local))
+            out = torch.cat((first + mean, out), 1)
+        return self.proj_drop(self.proj(out))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """o, `(B, N, C)`, of q, k and v `(B, heads, N, d)`."""
+        """What o is beyond the mean of the values, `(B, N, C)`, of q, k and v - mean v.
+
+        They are `(B, heads, N, d)`. Of values around their mean the op needs no mean of weights.
+        """
         feature_map = None
         if self.kernel_func == "leakyrelu":
             q, k = F.leaky_relu(q), F.leaky_relu(k)
@@ -135,21 +142,19 @@ class InLineAttention(nn.Module):
             q, k, feature_map = 0.2 * q, 0.2 * k, "exp"
         elif self.kernel_func == "relu":
             feature_map = "relu"
-        # Of values around their mean the op needs no mean of the weights.
-        mean = v.mean(-2, keepdim=True)
         scale = q.shape[-1] ** -0.5 / k.shape[-2]
-        out = simple_la(q, k, v - mean, feature_map=feature_map, scale=scale) + mean
+        out = simple_la(q, k, v, feature_map=feature_map, scale=scale)
         return out.transpose(1, 2).flatten(2)
 
-    def local(self, x: Tensor, v: Tensor, H: int, W: int) -> Tensor:
-        """dwc(v; F(mean x)), `(B, H * W, C)`."""
+    def add_local(self, out: Tensor, x: Tensor, v: Tensor, mean: Tensor, H: int, W: int) -> Tensor:
+        """`out + mean + dwc(v; F(mean x))` of out and v `(B, H * W, C)` and mean `(B, 1, C)`."""
         B, _, C = v.shape
         if B == 0:
-            return v  # a convolution has at least one group
+            return out  # a convolution has at least one group
+        # Each picture has kernels of its own.
         kernels = self.residual(x.mean(1).unsqueeze(-1)).reshape(B * C, 1, 3, 3)
-        # Each picture has kernels of its own: all of them are channels of one.
-        grid = v.transpose(1, 2).reshape(1, B * C, H, W)
-        return as_tokens(F.conv2d(grid, kernels, padding=1, groups=B * C).view(B, C, H, W))
+        grid, addend = (t.unflatten(1, (H, W)) for t in (v, out))
+        return depthwise_conv(grid, kernels, mean.flatten(), addend).flatten(1, 2)
 
     def extra_repr(self) -> str:
         return (

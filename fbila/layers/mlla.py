@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..ops import Rotary, linear_attn
 from .axial_rotary import AxialRotary, axial_rotary
 from .checks import check_heads
+from .depthwise_conv import DepthwiseConv2d
 from .grid import as_grid, as_tokens, grid_of, heads_of
 
 
@@ -56,7 +57,7 @@ class MLLALinearAttention(nn.Module):
         factory = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.qk = nn.Linear(dim, 2 * dim, bias=qkv_bias, **factory)
-        self.lepe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+        self.lepe = DepthwiseConv2d(dim, 3, **factory)
         self.rope = MLLARotary(dim, num_heads)
 
     def forward(
@@ -91,7 +92,8 @@ class MLLALinearAttention(nn.Module):
             eps=1e-6,
             rotary=tables,
         )
-        return out.transpose(1, 2).flatten(2) + as_tokens(self.lepe(as_grid(x, H, W)))
+        out = as_grid(out.transpose(1, 2).flatten(2), H, W)
+        return as_tokens(self.lepe(as_grid(x, H, W), out))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"

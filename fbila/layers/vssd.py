@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..ops import simple_la
 from .checks import check_heads, check_kernel_size
+from .depthwise_conv import DepthwiseConv2d
 from .grid import as_grid, as_tokens, grid_of, heads_of
 
 
@@ -72,9 +73,7 @@ class NonCausalSSD(nn.Module):
         self.d_inner = expand * dim
         mixed = self.d_inner + 2 * d_state
         self.in_proj = nn.Linear(dim, self.d_inner + mixed + num_heads, bias=bias, **factory)
-        self.conv2d = nn.Conv2d(
-            mixed, mixed, d_conv, padding=d_conv // 2, groups=mixed, bias=conv_bias, **factory
-        )
+        self.conv2d = DepthwiseConv2d(mixed, d_conv, conv_bias, **factory)
         self.dt_bias = nn.Parameter(torch.empty(num_heads, **factory))
         self.A_log = nn.Parameter(torch.empty(num_heads, **factory))
         self.D = nn.Parameter(torch.ones(num_heads, **factory))
@@ -109,7 +108,7 @@ class NonCausalSSD(nn.Module):
         z, u, dt = self.in_proj(x).split(
             (self.d_inner, self.d_inner + 2 * self.d_state, self.num_heads), -1
         )
-        u = as_tokens(F.silu(self.conv2d(as_grid(u, H, W))))
+        u = as_tokens(self.conv2d(as_grid(u, H, W), silu=True))
         v, k, q = u.split((self.d_inner, self.d_state, self.d_state), -1)
         v = heads_of(v, self.num_heads)
         # One q and one k for all heads: a stride of 0, which the op reads in place.

@@ -14,8 +14,9 @@ from timm.layers import DropPath, Mlp, calculate_drop_path_rates
 from timm.models.efficientvit_mit import ConvNormAct
 from torch import Tensor, nn
 
+from ..layers.depthwise_conv import DepthwiseConv2d
 from .backbone import init_linear
-from .stages import Stage, StagedBackbone, over_grid
+from .stages import Stage, StagedBackbone, over_grid, with_conv
 
 
 class ConvStem(nn.Module):
@@ -72,17 +73,17 @@ class TokenBlock(nn.Module):
         self, dim: int, mlp_ratio: float, proj_drop: float, drop_path: float, **factory: Any
     ) -> None:
         super().__init__()
-        self.cpe1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+        self.cpe1 = DepthwiseConv2d(dim, 3, **factory)
         self.norm1 = nn.LayerNorm(dim, **factory)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.cpe2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+        self.cpe2 = DepthwiseConv2d(dim, 3, **factory)
         self.norm2 = nn.LayerNorm(dim, **factory)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + over_grid(self.cpe1, x)
+        x = with_conv(self.cpe1, x)
         x = x + self.drop_path(self.mix(self.norm1(x)))
-        x = x + over_grid(self.cpe2, x)
+        x = with_conv(self.cpe2, x)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def mix(self, x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from timm.models import (
 from torch import Tensor, nn
 
 from ..layers import MLLALinearAttention
+from ..layers.depthwise_conv import DepthwiseConv2d
 from .conv_tokens import TokenBackbone, TokenBlock
 from .default_cfg import imagenet_cfg
 from .stages import create_staged, over_grid
@@ -45,14 +46,14 @@ class MLLABlock(TokenBlock):
         super().__init__(dim, mlp_ratio, proj_drop, drop_path, **factory)
         self.in_proj = nn.Linear(dim, dim, **factory)
         self.act_proj = nn.Linear(dim, dim, **factory)
-        self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+        self.dwc = DepthwiseConv2d(dim, 3, **factory)
         self.attn = MLLALinearAttention(dim, num_heads, qkv_bias, **factory)
         self.out_proj = nn.Linear(dim, dim, **factory)
 
     def mix(self, x: Tensor) -> Tensor:
         _, H, W, _ = x.shape
         gate = F.silu(self.act_proj(x))
-        x = F.silu(over_grid(self.dwc, self.in_proj(x)))
+        x = over_grid(self.dwc, self.in_proj(x), None, True)
         x = self.attn(x.flatten(1, 2), H, W).unflatten(1, (H, W))
         return self.out_proj(x * gate)
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from ..layers import RALA
 from ..layers.axial_rotary import AxialRotary
+from ..layers.depthwise_conv import DepthwiseConv2d
 from ..layers.gated_picture import GatedPictureAttention
 from ..ops import Rotary
 from ..ops.rotary import rotate
-from .stages import over_grid
+from .stages import over_grid, with_conv
 
 # FX cannot follow what it does with sizes.
 register_notrace_module(RALA)
@@ -78,13 +79,13 @@ class ConvFeedForward(nn.Module):
         super().__init__()
         self.fc1 = nn.Conv2d(dim, hidden, 1, **factory)
         self.drop1 = nn.Dropout(drop)
-        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **factory)
+        self.dwconv = DepthwiseConv2d(hidden, 3, **factory)
         self.fc2 = nn.Conv2d(hidden, dim, 1, **factory)
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.drop1(F.gelu(self.fc1(x)))
-        return self.drop2(self.fc2(self.dwconv(x) + x))
+        return self.drop2(self.fc2(self.dwconv(x, x)))
 
 
 class RAVLTBlock(nn.Module):
@@ -101,7 +102,7 @@ class RAVLTBlock(nn.Module):
         **factory: Any,
     ) -> None:
         super().__init__()
-        self.pos = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+        self.pos = DepthwiseConv2d(dim, 3, **factory)
         self.norm1 = WrappedNorm(dim, **factory)
         self.attn = attn
         self.gamma_1 = nn.Parameter(torch.full((1, dim, 1, 1), layer_scale, **factory))
@@ -111,7 +112,7 @@ class RAVLTBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
-        x = x + over_grid(self.pos, x)
+        x = with_conv(self.pos, x)
         x = x + self._scaled(self.gamma_1, over_grid(self.attn, self.norm1(x), rotary))
         return x + self._scaled(self.gamma_2, over_grid(self.ffn, self.norm2(x)))
 

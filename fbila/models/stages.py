@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, register_notrace_module
 from torch import Tensor, nn
 
+from ..layers.depthwise_conv import DepthwiseConv2d
 from .backbone import Backbone
+
+register_notrace_module(DepthwiseConv2d)
 
 
 class Stage(nn.Module):
@@ -95,3 +98,9 @@ def create_staged(
 def over_grid(module: nn.Module, x: Tensor, *args: Any) -> Tensor:
     """`(B, H, W, C)` through what takes `(B, C, H, W)`: a view of it, in channels_last."""
     return module(x.permute(0, 3, 1, 2), *args).permute(0, 2, 3, 1)
+
+
+def with_conv(conv: DepthwiseConv2d, x: Tensor) -> Tensor:
+    """`x + conv(x)` of `(B, H, W, C)`."""
+    grid = x.permute(0, 3, 1, 2)
+    return conv(grid, grid).permute(0, 2, 3, 1)

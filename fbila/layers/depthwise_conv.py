@@ -1,0 +1,69 @@
+"""A depthwise convolution whose output is added to something, over a picture in channels_last."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.depthwise_conv_library import depthwise_conv
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """`nn.Conv2d` with a group for each channel and zeros around it, and a sum or SiLU behind it.
+
+    Of a picture in channels_last, which tokens are, all of it is one kernel on a GPU.
+
+    Args:
+        dim: Channels C.
+        kernel_size: Side of the kernels; odd.
+        bias: Whether there is one.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(2, 8, 5, 7)
+        >>> DepthwiseConv2d(8, 3)(x, addend=x).shape
+        torch.Size([2, 8, 5, 7])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int,
+        bias: bool = True,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            dim,
+            dim,
+            kernel_size,
+            padding=kernel_size // 2,
+            groups=dim,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(self, x: Tensor, addend: Tensor | None = None, silu: bool = False) -> Tensor:
+        """`act(addend + conv(x))`, where act is the identity or SiLU.
+
+        Args:
+            x: `(B, C, H, W)`.
+            addend: Of the same shape; None for nothing.
+            silu: Whether to apply SiLU.
+
+        Returns:
+            `(B, C, H, W)`, in channels_last if x is.
+        """
+        if x.dim() == 4 and x.stride(1) == 1:
+            tokens = x.permute(0, 2, 3, 1)
+            # x itself is told from others by being the same object.
+            other = (
+                tokens if addend is x else None if addend is None else addend.permute(0, 2, 3, 1)
+            )
+            y = depthwise_conv(tokens, self.weight, self.bias, other, silu=silu)
+            return y.permute(0, 3, 1, 2)
+        y = super().forward(x)
+        y = y if addend is None else addend + y
+        return F.silu(y) if silu else y
