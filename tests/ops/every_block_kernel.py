@@ -15,6 +15,7 @@ from fbila.ops.geglu_library import geglu
 from fbila.ops.norm_library import layer_norm, layer_norm_leaky_relu
 from fbila.ops.rms_norm_library import rms_norm
 from fbila.ops.separable_conv_library import separable_conv2d
+from fbila.ops.signed_map_library import signed_map
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
@@ -75,8 +76,24 @@ def rows(dtype: torch.dtype):
             yield f"its gradients {D}", gradient
 
 
+def heads(dtype: torch.dtype):
+    """(name, result) of kernels of queries and keys: tokens and channels that fill no tile."""
+    for N, d in ((300, 32), (49, 9)):
+        packed = torch.randn(2, N, 4, 3, d, device="cuda", dtype=dtype)
+        x = packed[:, :, 1].transpose(1, 2).requires_grad_()
+        positions = torch.randn(N, 3, d, device="cuda", requires_grad=True)
+        table = (1 + torch.rand(4, 3, d, device="cuda")).requires_grad_()
+        for kind, leaves in (("power", (x, positions, table)), ("expm1", (x, table))):
+            rows = table[:2] if kind == "power" else table
+            results = signed_map(x, positions if kind == "power" else None, rows, kind, True)
+            # Sums over all tokens have to stay below 65504.
+            douts = [torch.full_like(y, 1 / 64) for y in results]
+            for part in (*results, *torch.autograd.grad(results, leaves, douts)):
+                yield f"signed_map {kind} {N} {d}", part
+
+
 if __name__ == "__main__":
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for name, result in itertools.chain(pictures(dtype), rows(dtype)):
+        for name, result in itertools.chain(pictures(dtype), rows(dtype), heads(dtype)):
             assert result.isfinite().all(), name
             print(dtype, name, flush=True)

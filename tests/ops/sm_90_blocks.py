@@ -22,6 +22,8 @@ from fbila.ops import (
     norm_library,
     rms_norm_library,
     separable_conv_library,
+    signed_map_backward_library,
+    signed_map_library,
 )
 from fbila.ops.kernels.launch import Launch
 
@@ -143,6 +145,35 @@ def calls():
             yield (
                 f"gradient of gated_conv {C} {dtype}",
                 partial(gated_conv_backward_library.in_kernel, dy, h, *wide, [True] * 3),
+            )
+    yield from signed_maps()
+
+
+def signed_maps():
+    """Of PolaFormer's and PolaFormer++'s queries and keys, a part of a projection."""
+    for (C, H), dtype in (
+        ((96, 3), torch.bfloat16),
+        ((512, 16), torch.bfloat16),
+        ((96, 3), torch.float16),
+        ((96, 3), torch.float32),
+    ):
+        packed = torch.zeros(2, 784, 4, H, C // H, dtype=dtype)
+        x, dy = packed[:, :, 1].transpose(1, 2), packed[:, :, 0].contiguous().transpose(1, 2)
+        positions, table = torch.zeros(784, H, C // H), torch.zeros(4, H, C // H)
+        for name, addend, rows, kind, both in (
+            ("queries", None, table[:2], "power", False),
+            ("keys", positions, table[:2], "power", True),
+            ("keys", None, None, "expm1", False),
+            ("queries", None, table, "expm1", True),
+        ):
+            name = f"signed_map {C} {name} {kind} {dtype}"
+            arguments = x, addend, rows, kind
+            yield name, partial(signed_map_library.in_kernel, *arguments, both)
+            other = dy if both else None
+            needed = [True, False, rows is not None]
+            yield (
+                f"gradient of {name}",
+                partial(signed_map_backward_library.in_kernel, dy, other, *arguments, needed),
             )
 
 
