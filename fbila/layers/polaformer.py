@@ -19,18 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import linear_attn
+from ..ops.signed_map_library import signed_map
 from .checks import check_attn_drop, check_even_head_dim, check_kernel_size, check_sr_ratio
 from .grid import (
+    add_local_mixing,
     as_grid,
     as_pair,
     as_tokens,
     grid_of,
     heads_of,
-    local_mixing,
     reduced_size,
     resize_positions,
 )
-from .polarity import join_halves, restore_sign, widen
+from .polarity import join_halves, widen
 
 
 class PolaLinearAttention(nn.Module):
@@ -137,22 +138,28 @@ class PolaLinearAttention(nn.Module):
         positions = resize_positions(self.positional_encoding, self.key_grid, key_size)
         out = self.attend(
             heads_of(q, self.num_heads),
-            heads_of(k + positions.to(k.dtype), self.num_heads),
+            heads_of(k, self.num_heads),
             heads_of(v, self.num_heads),
+            positions[0].unflatten(-1, (self.num_heads, -1)),
         )
-        out = out + local_mixing(self.dwc, v, H, W, self.num_heads)
+        out = add_local_mixing(out, self.dwc, v, H, W)
         return self.proj_drop(self.proj(out * gate))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """o, `(B, N, C)`, of q `(B, heads, N, d)`, k and v `(B, heads, M, d)`."""
-        scale = F.softplus(widen(self.scale)).view(self.num_heads, 1, -1)
-        power = 1 + self.alpha * torch.sigmoid(widen(self.power))
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None = None) -> Tensor:
+        """o, `(B, N, C)`, of q `(B, heads, N, d)`, k and v `(B, heads, M, d)`.
+
+        positions: `(M, heads, d)`, to be added to k.
+        """
+        scale = F.softplus(widen(self.scale)).view(self.num_heads, -1)
+        power = 1 + self.alpha * torch.sigmoid(widen(self.power)).view(self.num_heads, -1)
+        table = torch.stack((scale, power))
         # sign(x) |x|^p, of which the op's "signed" features are the two powers.
-        q, k = (restore_sign((widen(x) / scale).abs() ** power, x) for x in (q, k))
-        v_same, v_opposite = v.chunk(2, -1)
-        same = linear_attn(q, k, v_same, feature_map="signed", eps=1e-6)
+        q, _ = signed_map(q, None, table, "power")
         # The other polarity, of whichever side: of keys there may be fewer.
-        opposite = linear_attn(q, -k, v_opposite, feature_map="signed", eps=1e-6)
+        k_same, k_opposite = signed_map(k, positions, table, "power", both=True)
+        v_same, v_opposite = v.chunk(2, -1)
+        same = linear_attn(q, k_same, v_same, feature_map="signed", eps=1e-6)
+        opposite = linear_attn(q, k_opposite, v_opposite, feature_map="signed", eps=1e-6)
         return join_halves(same, opposite)
 
     def extra_repr(self) -> str:

@@ -12,19 +12,18 @@ Meng et al., "PolaFormer++: Polarity-aware Linear Attention with Channel-wise Sp
 code of ZacharyMeng/PolaFormerPP.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import Rotary, linear_attn
+from ..ops.signed_map_library import signed_map
 from .axial_rotary import AxialRotary
 from .checks import check_even_head_dim
+from .depthwise_conv import DepthwiseConv2d
 from .grid import as_grid, as_tokens, grid_of, heads_of
-from .polarity import join_halves, restore_sign, widen
-
-LARGEST_EXPONENT = math.log(torch.finfo(torch.float16).max)
+from .polarity import join_halves, widen
 
 
 class PolaPPAttention(nn.Module):
@@ -70,7 +69,7 @@ class PolaPPAttention(nn.Module):
         factory = {"device": device, "dtype": dtype}
         features = 2 * dim // num_heads
         self.qkvg = nn.Linear(dim, 4 * dim, bias=qkv_bias, **factory)
-        self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **factory)
+        self.lepe = DepthwiseConv2d(dim, 5, **factory)
         self.proj = nn.Linear(dim, dim, **factory)
         self.s1 = nn.Parameter(torch.zeros(1, num_heads, 1, features, **factory))
         self.s2 = nn.Parameter(torch.zeros(1, num_heads, 1, features, **factory))
@@ -102,16 +101,18 @@ class PolaPPAttention(nn.Module):
         q, k, v, gate = self.qkvg(x).chunk(4, -1)
         heads = self.num_heads
         out = self.attend(heads_of(q, heads), heads_of(k, heads), heads_of(v, heads), rotary)
-        out = out + as_tokens(self.lepe(as_grid(v, H, W)))
+        out = as_tokens(self.lepe(as_grid(v, H, W), as_grid(out, H, W)))
         return self.proj(out * gate)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rotary: Any) -> Tensor:
         """o, `(B, N, C)`, of q, k and v `(B, heads, N, d)`."""
         k = spikes(k)
+        # Of the queries and of their negatives, read once.
+        q_same, q_opposite = signed_map(q, None, sharpness_table(self.s1, self.s2), "expm1", True)
         v_same, v_opposite = v.chunk(2, -1)
         options: dict[str, Any] = {"feature_map": "signed", "eps": 1e-6, "rotary": rotary}
-        same = linear_attn(spikes(q, self.s1), k, v_same, **options)
-        opposite = linear_attn(spikes(-q, self.s2), k, v_opposite, **options)
+        same = linear_attn(q_same, k, v_same, **options)
+        opposite = linear_attn(q_opposite, k, v_opposite, **options)
         return join_halves(same, opposite)
 
     def extra_repr(self) -> str:
@@ -126,11 +127,11 @@ def spikes(x: Tensor, sharpness: Tensor | None = None) -> Tensor:
         sharpness: `(1, heads, 1, 2 d)`, before the sigmoid that makes s of it: of the positive
             parts, then of the negative ones. None: s = 1.
     """
-    exponent = widen(x).abs()
-    if sharpness is not None:
-        positive, negative = torch.sigmoid(widen(sharpness)).chunk(2, -1)
-        exponent = exponent * torch.where(x > 0, positive, negative)
-    if x.dtype == torch.float16:
-        # Before exp, whose gradient at infinity would be NaN.
-        exponent = exponent.clamp(max=LARGEST_EXPONENT)
-    return restore_sign(torch.expm1(exponent), x)
+    table = None if sharpness is None else sharpness_table(sharpness)
+    return signed_map(x, None, table, "expm1")[0]
+
+
+def sharpness_table(*sharpness: Tensor) -> Tensor:
+    """s of each `(1, heads, 1, 2 d)`, of positive parts and of negative ones, `(T, heads, d)`."""
+    halves = [half for s in sharpness for half in torch.sigmoid(widen(s))[0, :, 0].chunk(2, -1)]
+    return torch.stack(halves)

@@ -5,23 +5,11 @@ Both have features g([relu(x), relu(-x)]) with a g for each channel that is 0 at
     x' = sign(x) g(|x|)
 
 they are the "signed" features of x', which the op makes on the chip: x' is half as wide.
+`signed_map` makes x', and that of the other polarity.
 """
 
 import torch
 from torch import Tensor
-
-
-def restore_sign(magnitude: Tensor, x: Tensor) -> Tensor:
-    """`sign(x) * magnitude` in the dtype of x.
-
-    What float16 cannot hold becomes the largest that it can: an infinite feature would make the
-    whole row NaN.
-    """
-    result = torch.copysign(magnitude, x.detach())
-    if x.dtype == torch.float16:
-        limit = torch.finfo(x.dtype).max
-        result = result.clamp(-limit, limit)
-    return result.to(x.dtype)
 
 
 def widen(x: Tensor) -> Tensor:
