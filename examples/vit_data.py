@@ -16,10 +16,11 @@ import numpy as np
 import torch
 import vit_drawn
 from filelock import FileLock
-from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_loader
 from torch import Tensor
 from torch.nn.functional import pad
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 
 # timm's names of torchvision's.
 DATASETS = [f"torch/{name}" for name in ("cifar10", "cifar100", "fashion_mnist", "kmnist", "mnist")]
@@ -136,12 +137,11 @@ def decode(
             pictures = create_dataset(name, root=str(root), split=split, download=download)
     except (RuntimeError, OSError) as error:
         raise SystemExit(f"{name} is not in {root} ({error}); --download fetches it.") from error
-    arrays = [
-        np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
-        for picture, _ in pictures
-    ]
-    x = torch.from_numpy(np.stack(arrays)).to(device).permute(0, 3, 1, 2).contiguous()
-    return x, torch.as_tensor(pictures.targets).to(device), len(pictures.classes)
+    x = torch.from_numpy(np.stack([np.asarray(picture.convert("RGB")) for picture, _ in pictures]))
+    # Resized on the device; in parts, since it works in floats.
+    parts = x.to(device).permute(0, 3, 1, 2).split(2048)
+    x = torch.cat([resize(part, [size, size], InterpolationMode.BICUBIC) for part in parts])
+    return x.contiguous(), torch.as_tensor(pictures.targets).to(device), len(pictures.classes)
 
 
 def dataset_loaders(args, accelerator) -> tuple[InMemory, InMemory, int]:

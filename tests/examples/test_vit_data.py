@@ -139,6 +139,7 @@ class TestDataset:
         read = ("torch/fashion_mnist", tmp_path)
         x, y, classes = vit_data.decode(*read, "train", False, 28, CPU)
         assert torch.equal(x, torch.from_numpy(pictures).byte()[:, None].expand(5, 3, 28, 28))
+        assert x.is_contiguous()
         assert y.tolist() == labels.tolist()
         assert classes == 10
         x, y, _ = vit_data.decode(*read, "val", False, 14, CPU)
