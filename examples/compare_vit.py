@@ -1,6 +1,7 @@
 """Trains vision transformers that differ in their attention alone, several times each.
 
-    python examples/compare_vit.py --jobs 4 --cuda-graph --finetune 3 --output outputs/vit
+    python examples/compare_vit.py --dataset torch/fashion_mnist --data data --download --size 56 \
+        --jobs 5 --cuda-graph --finetune 3 --output outputs/vit
     python examples/plot_vit.py outputs/vit/results.json --output examples/vit_curves.png
 
 Each attention is trained from nothing with each seed by `train_vit.py`, on the same pictures with

@@ -2,7 +2,7 @@
 
     python examples/train_vit.py --attention focused --output outputs/focused
     python examples/train_vit.py --attention focused --start-from outputs/softmax --epochs 2
-    python examples/train_vit.py --dataset torch/fashion_mnist --data data --size 28 --stem 1
+    python examples/train_vit.py --dataset torch/fashion_mnist --data data --size 56
     accelerate launch examples/train_vit.py --data pictures/ --size 224 --attention rala \
         --model vit_small_patch16_224 --model-kwargs --batch-size 256 --epochs 300 --mixup 0.8
 
