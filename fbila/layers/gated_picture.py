@@ -14,6 +14,7 @@ from ..ops import Rotary
 from .axial_rotary import AxialRotary, check_pairs
 from .checks import check_heads
 from .depthwise_conv import DepthwiseConv2d
+from .grid import as_grid, as_tokens, heads_of
 
 
 class GatedPictureAttention(nn.Module):
@@ -53,11 +54,12 @@ class GatedPictureAttention(nn.Module):
             `(B, C, H, W)`.
         """
         H, W = x.shape[2:]
-        qkvo = self.qkvo(x)
-        # (B, heads, N, d) views of what the convolution wrote, in whichever order, read in place.
-        q, k, v, _ = qkvo.flatten(2).unflatten(1, (4, self.num_heads, -1)).mT.unbind(1)
+        # Views of what the convolution wrote, in whichever order, read in place. As one split of
+        # tokens they have one gradient.
+        parts = as_tokens(self.qkvo(x)).chunk(4, -1)
+        q, k, v = (heads_of(part, self.num_heads) for part in parts[:3])
         out = self.mix(q, k, v, self.rope(H, W, x) if rotary is None else rotary)
-        _, _, values, gate = qkvo.chunk(4, 1)
+        values, gate = (as_grid(part, H, W) for part in parts[2:])
         # A view likewise: the operators answer in the memory order of q.
         out = self.lepe(values, out.mT.flatten(1, 2).unflatten(2, (H, W)))
         return self.proj(out * gate)
