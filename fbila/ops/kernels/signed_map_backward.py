@@ -79,17 +79,15 @@ def signed_map_backward_kernel(
         t_3 = load_row(table, 3, total, o_t, m_c, ACC)
         s_2 = tl.zeros((BLOCK_N, BLOCK_C), ACC)
         s_3 = tl.zeros((BLOCK_N, BLOCK_C), ACC)
-    x += (i_b * stride_xb + i_h * stride_xh) * UNIT
-    o_hy = (i_b * stride_yb + i_h * stride_yh) * UNIT
-    o_ho = (i_b * stride_ob + i_h * stride_oh) * UNIT
-    o_hd = i_h * stride_dh * UNIT
-    for start in range(first, last, BLOCK_N):
-        o_n = start + tl.arange(0, BLOCK_N)
+    o_n = first + tl.arange(0, BLOCK_N)
+    o_x = (i_b * stride_xb + i_h * stride_xh + o_n[:, None] * stride_xn) * UNIT + o_c[None, :]
+    o_y = (i_b * stride_yb + i_h * stride_yh + o_n[:, None] * stride_yn) * UNIT + o_c[None, :]
+    o_o = (i_b * stride_ob + i_h * stride_oh + o_n[:, None] * stride_on) * UNIT + o_c[None, :]
+    o_a = (i_h * stride_dh + o_n[:, None] * stride_dn) * UNIT + o_c[None, :]
+    if dx is not None:
+        dx += i_b * stride_db * UNIT
+    for _ in range(first, last, BLOCK_N):
         mask = (o_n < last)[:, None] & m_c[None, :]
-        o_x = o_n[:, None] * (stride_xn * UNIT) + o_c[None, :]
-        o_y = o_hy + o_n[:, None] * (stride_yn * UNIT) + o_c[None, :]
-        o_o = o_ho + o_n[:, None] * (stride_on * UNIT) + o_c[None, :]
-        o_a = o_hd + o_n[:, None] * (stride_dn * UNIT) + o_c[None, :]
         b_x = load_sum(x, o_x, addend, o_a, mask, ACC)
         size = tl.abs(b_x)
         if KIND == "power":
@@ -125,8 +123,12 @@ def signed_map_backward_kernel(
                     s_2 -= tl.where(b_x < 0, b_g, 0.0)
                     s_3 -= tl.where(b_x < 0, 0.0, b_g)
         if dx is not None:
-            o_d = i_b * stride_db * UNIT + o_a
-            tl.store(dx + o_d, b_dx.to(dx.dtype.element_ty), mask=mask)
+            tl.store(dx + o_a, b_dx.to(dx.dtype.element_ty), mask=mask)
+        o_n += BLOCK_N
+        o_x += BLOCK_N * stride_xn * UNIT
+        o_y += BLOCK_N * stride_yn * UNIT
+        o_o += BLOCK_N * stride_on * UNIT
+        o_a += BLOCK_N * stride_dn * UNIT
     if sums is not None:
         ROWS: tl.constexpr = 4 if KIND == "expm1" and dopposite is not None else 2
         p_s = sums + (i_b * parts + i_p) * ROWS * total + o_t
