@@ -10,6 +10,7 @@ import torch
 
 from fbila.ops import group_norm_library
 from fbila.ops.add_bias_library import add_bias
+from fbila.ops.depthwise_conv_library import depthwise_conv
 from fbila.ops.gated_conv_library import gated_depthwise_conv
 from fbila.ops.geglu_library import geglu
 from fbila.ops.norm_library import layer_norm, layer_norm_leaky_relu
@@ -49,6 +50,13 @@ def pictures(dtype: torch.dtype):
             # Sums over all pixels have to stay below 65504.
             for gradient in torch.autograd.grad(y, leaves, torch.full_like(y, 1 / 64)):
                 yield f"gradient of gated_conv {name}", gradient
+            for side in (3, 5):
+                taps = torch.randn(C, 1, side, side, device="cuda", dtype=dtype)
+                leaves = [t.detach().requires_grad_() for t in (leaves[0], taps, bias)]
+                y = depthwise_conv(*leaves, leaves[0])
+                yield f"depthwise_conv {side} {name}", y
+                for gradient in torch.autograd.grad(y, leaves, torch.full_like(y, 1 / 64)):
+                    yield f"gradient of depthwise_conv {side} {name}", gradient
         yield f"in place {name}", group_norm_library.group_norm_(x, bias, bias, 20, 1e-5)
         taps = torch.randn(C, 1, 5, 5, device="cuda", dtype=dtype)
         matrices = torch.randn(C, 20, 1, 1, device="cuda", dtype=dtype)

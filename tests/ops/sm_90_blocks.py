@@ -14,6 +14,7 @@ from sm_90 import Arguments, accesses, compile_sm_90, resources
 
 from fbila.ops import (
     add_bias_library,
+    depthwise_conv_library,
     gated_conv_backward_library,
     gated_conv_library,
     geglu_library,
@@ -132,6 +133,21 @@ def calls():
             yield (
                 f"rms_norm {D}{name}",
                 partial(rms_norm_library.in_kernel, x, weight, weight, 1e-5, weight.dtype),
+            )
+    # Local position encodings beside values that are a part of a projection.
+    for C, side, k in ((96, 56, 5), (64, 56, 3), (384, 14, 3)):
+        for dtype in (torch.bfloat16, torch.float32):
+            x = planes(64, side, side, 3 * C).to(dtype)[..., 2 * C :]
+            y, taps, bias = planes(64, side, side, C).to(dtype), planes(C, 1, k, k), planes(C)
+            yield (
+                f"depthwise_conv {C} {k} {dtype}",
+                partial(depthwise_conv_library.in_kernel, x, taps, bias, y, False, False),
+            )
+            yield (
+                f"gradient of depthwise_conv {C} {k} {dtype}",
+                partial(
+                    depthwise_conv_library.backward_in_kernel, y, x, taps, bias, False, [True] * 3
+                ),
             )
     # Sana's, SanaVideo's and DC-AE's hidden layers.
     for shape in ((2, 32, 32, 5600), (1, 30, 52, 6720), (1, 128, 128, 2048)):

@@ -39,13 +39,14 @@ def test_all_kernels_are_seen(kernels):
         "short_group_norm_backward_kernel",
         "group_grad_parts_kernel", "group_grad_merge_kernel", "group_grad_apply_kernel",
         "gated_conv_kernel", "gated_conv_backward_kernel", "gated_conv_sums_kernel",
-        "separable_conv_kernel", "signed_map_kernel", "signed_map_backward_kernel",
+        "separable_conv_kernel", "depthwise_conv_kernel", "depthwise_conv_sums_kernel",
+        "add_up_kernel", "signed_map_kernel", "signed_map_backward_kernel",
     }  # fmt: skip
 
 
 def test_large_tensors_are_moved_16_bytes_at_a_time(kernels):
     for name, kernel in kernels.items():
-        if "gated_conv" in name or "separable_conv" in name:
+        if any(kind in name for kind in ("gated_conv", "separable_conv", "depthwise_conv")):
             # Their threads have two channels, or a few pixels, see below.
             continue
         for tensor in set(LARGE) & set(kernel["accesses"]):
@@ -127,6 +128,27 @@ def test_signed_maps_leave_room_for_three_programs(kernels):
     found = {name: kernel for name, kernel in kernels.items() if "signed_map" in name}
     assert len(found) == 4 * 4 * 2
     for name, kernel in found.items():
+        assert kernel.get("registers", 0) <= 168, name
+
+
+def test_a_depthwise_convolution_loads_a_pixel_once_for_a_row_of_taps(kernels):
+    """And its sums keep the rows that they need: see the gated convolution's."""
+    found = {name: kernel for name, kernel in kernels.items() if "depthwise_conv" in name}
+    assert len(found) == 3 * 2 * 4
+    for name, kernel in found.items():
+        case, function = name.split(": ")
+        k = int(case.split()[-2])
+        # 8 bytes of a pixel, or 4 where taps fill the registers; 4 pixels and their neighbours.
+        size, row, accesses = 8 if k == 3 else 4, 4 + k - 1, kernel["accesses"]
+        if function == "depthwise_conv_kernel":
+            # Ahead of the first, and in either loop.
+            assert accesses["x"] == 3 * row * [size], name
+            assert set(accesses["y"]) == {size}, name
+        elif function == "depthwise_conv_sums_kernel":
+            assert accesses["x"] == 2 * row * [size] and set(accesses["dy"]) == {size}, name
+            sums, window = k * k + 1, 4 * (k - 1)
+            assert kernel["carried"] == [sums, sums + window + row + 4 + 3], name
+        # Three programs of 128 threads on a multiprocessor.
         assert kernel.get("registers", 0) <= 168, name
 
 
