@@ -21,12 +21,13 @@ import triton.language as tl
 from .channels import inside
 from .features import exp
 from .launch import Launch, kernel
-from .rolling_rows import add_row, begin, load_row, load_taps, pixels_of
+from .rolling_rows import add_row, begin, load_pixels, load_row, load_taps, pixels_of
 from .separable_conv import place
 from .tiling import Tiling
 
-# Columns of a lane, and of a thread's channels bytes: taps and sums stay in its registers.
-PIXELS, BYTES = 4, {3: 8, 5: 4}
+# Columns of a lane, of which k - 1 more are read than written, and bytes of a thread's channels.
+# What is on its way to the registers bounds the speed, and taps and sums take most of them.
+PIXELS, BYTES = 8, {3: 4, 5: 2}
 # Of a program, and the most channels of one.
 THREADS, BLOCK = 128, 128
 # The most and, for the sake of more programs, the fewest rows of a chunk, of which k - 1 more are
@@ -71,18 +72,16 @@ def depthwise_conv_kernel(
     end = tl.minimum(row + (above + rows + KERNEL // 2), height)
     p_x = x + (i_b * (x_sample * UNIT))[:, None] + o_c[None, :]
     p_x += row.to(tl.int64) * (x_row * UNIT) + column * (x_column * UNIT)
-    ahead = load_row(
-        p_x, x_column * UNIT, o_x, width, there & (row >= 0) & (row < end), True, PIXELS, KERNEL
-    )
-    for _ in range(0, above + KERNEL // 2):
+    # The next row is on its way while one is added.
+    m_x = there & (row >= 0) & (row < end)
+    ahead = load_row(p_x, x_column * UNIT, o_x, width, m_x, True, PIXELS, KERNEL)
+    for _row in range(0, above + KERNEL // 2):
         pixels = pixels_of(ahead, True, PIXELS, KERNEL, ACC)
         row += 1
         p_x += x_row * UNIT
-        # The next row is on its way while one is added.
-        ahead = load_row(
-            p_x, x_column * UNIT, o_x, width, there & (row >= 0) & (row < end), True, PIXELS, KERNEL
-        )
-        _, sums = add_row(sums, pixels, b_taps, b_0, PIXELS, KERNEL)
+        m_x = there & (row >= 0) & (row < end)
+        ahead = load_row(p_x, x_column * UNIT, o_x, width, m_x, True, PIXELS, KERNEL)
+        _z, sums = add_row(sums, pixels, b_taps, b_0, PIXELS, KERNEL)
 
     position = first[:, None].to(tl.int64) * width + column
     p_y = y + ((i_b * height)[:, None] * width + position) * C + o_c[None, :]
@@ -91,25 +90,30 @@ def depthwise_conv_kernel(
         p_a += (i_b * (a_sample * UNIT_A))[:, None] + o_c[None, :]
         p_a += first[:, None].to(tl.int64) * (a_row * UNIT_A) + column * (a_column * UNIT_A)
     left = tl.minimum(height - first, rows)[:, None]
+    extra = ()
+    if addend is not None:
+        extra = load_pixels(p_a, a_column * UNIT_A, o_x, width, there & (left > 0), PIXELS)
     for i in range(0, rows):
         pixels = pixels_of(ahead, True, PIXELS, KERNEL, ACC)
         row += 1
         p_x += x_row * UNIT
-        ahead = load_row(
-            p_x, x_column * UNIT, o_x, width, there & (row >= 0) & (row < end), True, PIXELS, KERNEL
-        )
+        m_x = there & (row >= 0) & (row < end)
+        ahead = load_row(p_x, x_column * UNIT, o_x, width, m_x, True, PIXELS, KERNEL)
+        added = extra
+        if addend is not None:
+            p_a += a_row * UNIT_A
+            m_a = there & (i + 1 < left)
+            extra = load_pixels(p_a, a_column * UNIT_A, o_x, width, m_a, PIXELS)
         z, sums = add_row(sums, pixels, b_taps, b_0, PIXELS, KERNEL)
         for j in tl.static_range(PIXELS):
             b_y = z[j]
-            m_y = there & (i < left) & (o_x + j < width)
             if addend is not None:
-                b_y += tl.load(p_a + j * (a_column * UNIT_A), mask=m_y, other=0.0).to(ACC)
+                b_y += added[j].to(ACC)
             if SILU:
                 b_y = b_y / (1.0 + exp(-b_y))
+            m_y = there & (i < left) & (o_x + j < width)
             tl.store(p_y + j * C, b_y.to(y.dtype.element_ty), mask=m_y)
         p_y += width * C
-        if addend is not None:
-            p_a += a_row * UNIT_A
 
 
 class Lanes(NamedTuple):
@@ -123,12 +127,11 @@ class Lanes(NamedTuple):
     warps: int
 
     @staticmethod
-    def of(shape: tuple[int, ...], itemsize: int, kernel_size: int) -> "Lanes":
-        """For grids `(B, H, W, C)` of elements of so many bytes."""
+    def of(shape: tuple[int, ...], pixels: int, of_thread: int) -> "Lanes":
+        """For grids `(B, H, W, C)`: columns of a lane, and channels of a thread."""
         B, H, W, C = shape
-        of_thread = max(1, BYTES[kernel_size] // itemsize)
         block = block_of(C)
-        strips = triton.cdiv(W, PIXELS)
+        strips = triton.cdiv(W, pixels)
         most = triton.next_power_of_2(B * strips * triton.cdiv(H, FEWEST_ROWS))
         lanes = max(1, min(THREADS * of_thread // block, most))
         chunks, rows = split_rows(H, triton.cdiv(C, block) * triton.cdiv(B * strips, lanes))
@@ -184,7 +187,7 @@ def plan_depthwise_conv(
     B, H, W, C = shape
     dtype, dtype_a = dtypes[0], dtypes[3]
     assert dtype is not None
-    plan = Lanes.of(shape, dtype.itemsize, kernel_size)
+    plan = Lanes.of(shape, PIXELS, max(1, BYTES[kernel_size] // dtype.itemsize))
     strides, unit = strides_of(shape, stride, dtype.itemsize)
     strides_a, unit_a = strides_of(shape, stride_a, dtype_a.itemsize if dtype_a else 1)
     unit_c = math.gcd(16 // dtype.itemsize, C, sets)

@@ -17,24 +17,18 @@ import triton
 import triton.language as tl
 
 from .channels import inside
-from .depthwise_conv import PIXELS, Lanes, strides_of
+from .depthwise_conv import Lanes, strides_of
 from .launch import Launch, kernel
-from .rolling_rows import load_row, pixels_of
+from .rolling_rows import load_pixels, load_row, pixels_of, without_first
 from .separable_conv import place
 from .tiling import Tiling
 
-# Enough for every multiprocessor several times.
-PROGRAMS = 528
-# Of the kernel that adds up: sums of a program, and how many parts it reads at a time.
-COLUMNS, AT_A_TIME = 64, 16
-
-
-@triton.jit
-def load_pixels(p, step, o_x, width, mask, PIXELS: tl.constexpr):
-    row = ()
-    for j in tl.static_range(PIXELS):
-        row += (tl.load(p + j * step, mask=mask & (o_x + j < width), other=0.0),)
-    return row
+# As in `depthwise_conv.py`.
+PIXELS, BYTES = 4, {3: 8, 5: 4}
+# Two for every multiprocessor: what each of them sums has to be added up.
+PROGRAMS = 264
+# Of the kernel that adds up: sums of a program, and of how many parts it reads them at a time.
+COLUMNS, AT_A_TIME = 32, 128
 
 
 @triton.jit
@@ -57,18 +51,6 @@ def add_products(sums, window, below, pixels, PIXELS: tl.constexpr, KERNEL: tl.c
         s += window[KERNEL // 2 * PIXELS + pixel]
     total += (s,)
     return total
-
-
-@triton.jit
-def shifted(window, below, PIXELS: tl.constexpr, KERNEL: tl.constexpr):
-    """The window one row further down."""
-    rows = ()
-    for i in tl.static_range(KERNEL - 2):
-        for pixel in tl.static_range(PIXELS):
-            rows += (window[(i + 1) * PIXELS + pixel],)
-    for pixel in tl.static_range(PIXELS):
-        rows += (below[pixel],)
-    return rows
 
 
 @kernel
@@ -137,7 +119,7 @@ def depthwise_conv_sums_kernel(
                 p_d, d_column * UNIT_D, o_x, width, there & (row + SIDE < height), PIXELS
             )
             total = add_products(total, window, below, pixels, PIXELS, KERNEL)
-            window = shifted(window, below, PIXELS, KERNEL)
+            window = without_first(window, PIXELS) + below
     p_s = sums + i_p.to(tl.int64) * (KERNEL * KERNEL + 1) * C + o_c
     for j in tl.static_range(KERNEL * KERNEL + 1):
         tl.store(p_s + j * C, tl.sum(total[j], 0), mask=m_c)
@@ -154,13 +136,14 @@ def add_up_kernel(
     # A sample's own taps have parts of their own.
     i_g, o_c = (o_r // channels).to(tl.int64), o_r % channels
     total = tl.zeros((COLUMNS,), dtype=ACC)
-    for part in range(0, parts, AT_A_TIME):
-        o_p = part + tl.arange(0, AT_A_TIME)
-        p_s = sums + ((i_g * parts)[None, :] + o_p[:, None]) * ((TAPS + 1) * channels)
+    # Every head of every part.
+    for first in range(0, parts * repeats, AT_A_TIME):
+        o_h = first + tl.arange(0, AT_A_TIME)
+        o_p, head = o_h // repeats, o_h % repeats
+        o_s = ((i_g * parts)[None, :] + o_p[:, None]) * ((TAPS + 1) * channels)
+        o_s += i_t * channels + (head * sets)[:, None] + o_c[None, :]
         m_s = (o_p < parts)[:, None] & m_r[None, :]
-        for head in range(0, repeats):
-            o_s = i_t * channels + head * sets + o_c[None, :]
-            total += tl.sum(tl.load(p_s + o_s, mask=m_s, other=0.0), 0)
+        total += tl.sum(tl.load(sums + o_s, mask=m_s, other=0.0), 0)
     if i_t < TAPS:
         if dtaps is not None:
             tl.store(dtaps + o_r.to(tl.int64) * TAPS + i_t, total.to(dtaps.dtype.element_ty), m_r)
@@ -184,7 +167,8 @@ def plan_depthwise_conv_sums(
     B, H, W, C = shape
     dtype, dtype_d = dtypes[0], dtypes[1]
     assert dtype is not None and dtype_d is not None
-    plan = Lanes.of((1, *shape[1:]), max(dtype.itemsize, dtype_d.itemsize), kernel_size)
+    of_thread = max(1, BYTES[kernel_size] // max(dtype.itemsize, dtype_d.itemsize))
+    plan = Lanes.of((1, *shape[1:]), PIXELS, of_thread)
     strides, unit = strides_of(shape, stride, dtype.itemsize)
     strides_d, unit_d = strides_of(shape, stride_d, dtype_d.itemsize)
     unit_c = math.gcd(16 // max(dtype.itemsize, dtype_d.itemsize), C)

@@ -55,6 +55,24 @@ def load_row(
 
 
 @triton.jit
+def load_pixels(p, step, o_x, width, mask, PIXELS: tl.constexpr):
+    """A thread's own pixels, without their neighbours."""
+    row = ()
+    for j in tl.static_range(PIXELS):
+        row += (tl.load(p + j * step, mask=mask & (o_x + j < width), other=0.0),)
+    return row
+
+
+@triton.jit
+def without_first(tiles, FIRST: tl.constexpr):
+    """The tiles behind so many."""
+    rest = ()
+    for j in tl.static_range(len(tiles) - FIRST):
+        rest += (tiles[FIRST + j],)
+    return rest
+
+
+@triton.jit
 def pixels_of(
     row, LAST: tl.constexpr, PIXELS: tl.constexpr, KERNEL: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
