@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from fbila import layers
 from fbila.layers.depthwise_conv import DepthwiseConv2d
+from fbila.layers.layer_norm import LayerNorm
+from fbila.layers.pointwise_conv import PointwiseConv2d
 
 from . import official_pictures as pictures
 from . import official_tokens as tokens
@@ -21,8 +23,13 @@ def convolution(
     return F.silu(y) if silu else y
 
 
-OFFICIAL = {
+# What the models have in place of PyTorch's own modules.
+MODULES = {
     DepthwiseConv2d: convolution,
+    LayerNorm: nn.LayerNorm.forward,
+    PointwiseConv2d: nn.Conv2d.forward,
+}
+OFFICIAL = {
     layers.FocusedLinearAttention: tokens.focused,
     layers.InLineAttention: tokens.inline,
     layers.LiteMLA: pictures.lite_mla,
@@ -42,13 +49,15 @@ def official(model: nn.Module) -> Iterator[None]:
 
     The classes are changed and not the modules, so that a compiler sees methods like any others.
     """
-    used = {type(module) for module in model.modules()} & OFFICIAL.keys()
-    if not used:
+    kinds = {type(module) for module in model.modules()}
+    if not kinds & OFFICIAL.keys():
         raise ValueError(f"{type(model).__name__} has none of the layers of fbila.")
+    forwards = OFFICIAL | MODULES
+    used = kinds & forwards.keys()
     before = {kind: kind.__dict__.get("forward") for kind in used}
     try:
         for kind in used:
-            kind.forward = OFFICIAL[kind]
+            kind.forward = forwards[kind]
         yield
     finally:
         for kind, forward in before.items():

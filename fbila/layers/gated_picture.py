@@ -15,6 +15,7 @@ from .axial_rotary import AxialRotary, check_pairs
 from .checks import check_heads
 from .depthwise_conv import DepthwiseConv2d
 from .grid import as_grid, as_tokens, heads_of
+from .pointwise_conv import PointwiseConv2d
 
 
 class GatedPictureAttention(nn.Module):
@@ -37,9 +38,9 @@ class GatedPictureAttention(nn.Module):
         factory = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
-        self.qkvo = nn.Conv2d(dim, 4 * dim, 1, **factory)
+        self.qkvo = PointwiseConv2d(dim, 4 * dim, **factory)
         self.lepe = DepthwiseConv2d(dim, 5, **factory)
-        self.proj = nn.Conv2d(dim, dim, 1, **factory)
+        self.proj = PointwiseConv2d(dim, dim, **factory)
         # A frequency's last step is the end point itself, and all heads have the same.
         self.rope = AxialRotary(dim // num_heads, endpoint=True)
 

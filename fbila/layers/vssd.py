@@ -24,6 +24,7 @@ from ..ops import simple_la
 from .checks import check_heads, check_kernel_size
 from .depthwise_conv import DepthwiseConv2d
 from .grid import as_grid, as_tokens, grid_of, heads_of
+from .layer_norm import LayerNorm
 
 
 class NonCausalSSD(nn.Module):
@@ -77,7 +78,7 @@ class NonCausalSSD(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(num_heads, **factory))
         self.A_log = nn.Parameter(torch.empty(num_heads, **factory))
         self.D = nn.Parameter(torch.ones(num_heads, **factory))
-        self.norm = nn.LayerNorm(self.d_inner, **factory)
+        self.norm = LayerNorm(self.d_inner, **factory)
         self.out_proj = nn.Linear(self.d_inner, dim, bias=bias, **factory)
         self.init_steps()
 
@@ -114,7 +115,7 @@ class NonCausalSSD(nn.Module):
         # One q and one k for all heads: a stride of 0, which the op reads in place.
         q, k = (t[:, None].expand(-1, self.num_heads, -1, -1) for t in (q, k))
         out = simple_la(q, k, v, scale=1.0, key_weight=self.weights(dt))
-        out = out + self.D[:, None, None] * v
+        out = torch.addcmul(out, self.D[:, None, None], v)
         return self.out_proj(self.norm(out.transpose(1, 2).flatten(2)) * z)
 
     def weights(self, dt: Tensor) -> Tensor:

@@ -8,9 +8,16 @@ from collections.abc import Sequence
 
 import torch
 from timm.layers import create_classifier, get_device_dtype, trunc_normal_
-from timm.models import checkpoint_seq
+from timm.models import checkpoint_seq, register_notrace_module
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+
+from ..layers.depthwise_conv import DepthwiseConv2d
+from ..layers.layer_norm import LayerNorm
+from ..layers.pointwise_conv import PointwiseConv2d
+
+for _leaf in (DepthwiseConv2d, LayerNorm, PointwiseConv2d):
+    register_notrace_module(_leaf)
 
 
 class Backbone(nn.Module):

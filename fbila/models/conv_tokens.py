@@ -15,6 +15,7 @@ from timm.models.efficientvit_mit import ConvNormAct
 from torch import Tensor, nn
 
 from ..layers.depthwise_conv import DepthwiseConv2d
+from ..layers.layer_norm import LayerNorm
 from .backbone import init_linear
 from .stages import Stage, StagedBackbone, over_grid, with_conv
 
@@ -74,10 +75,10 @@ class TokenBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.cpe1 = DepthwiseConv2d(dim, 3, **factory)
-        self.norm1 = nn.LayerNorm(dim, **factory)
+        self.norm1 = LayerNorm(dim, **factory)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.cpe2 = DepthwiseConv2d(dim, 3, **factory)
-        self.norm2 = nn.LayerNorm(dim, **factory)
+        self.norm2 = LayerNorm(dim, **factory)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,6 +126,6 @@ class TokenBackbone(StagedBackbone):
             for i, downsample in enumerate(downsamples)
         ]
         super().__init__(ConvStem(in_chans, embed_dim, **factory), stages, widths, in_chans)
-        self.norm = nn.LayerNorm(widths[-1], **factory)
+        self.norm = LayerNorm(widths[-1], **factory)
         self.make_head(num_classes, global_pool, drop_rate, **factory)
         self.apply(init_linear)

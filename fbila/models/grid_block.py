@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..layers import FocusedLinearAttention, PolaLinearAttention
 from ..layers.grid import reduced_size, resize_positions
+from ..layers.layer_norm import LayerNorm
 
 # They look at numbers of tokens, of which there are none while a graph is traced.
 register_notrace_module(FocusedLinearAttention)
@@ -39,7 +40,7 @@ class GridBlock(nn.Module):
         mlp_ratio: float = 4.0,
         proj_drop: float = 0.0,
         drop_path: float = 0.0,
-        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        norm_layer: Callable[..., nn.Module] = LayerNorm,
         device: Any = None,
         dtype: Any = None,
     ) -> None:

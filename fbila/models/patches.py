@@ -7,6 +7,8 @@ from timm.layers import PatchEmbed, register_notrace_module
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
+from ..layers.layer_norm import LayerNorm
+
 
 class Patches(PatchEmbed):
     """timm's patch embedding, `(B, in_chans, H, W)` to `(B, H / patch, W / patch, dim)`.
@@ -34,7 +36,7 @@ class Patches(PatchEmbed):
             patch_size,
             in_chans,
             dim,
-            norm_layer=nn.LayerNorm,
+            norm_layer=LayerNorm,
             output_fmt="NHWC",
             strict_img_size=strict_img_size,
             dynamic_img_pad=not strict_img_size,
@@ -54,7 +56,7 @@ class Merging(PatchMerging):
     """timm's patch merging, `(B, H, W, C)` to `(B, H / 2, W / 2, 2 C)`, rounded up."""
 
     def __init__(self, dim: int, **factory: Any) -> None:
-        super().__init__(dim, **factory)
+        super().__init__(dim, norm_layer=LayerNorm, **factory)
         self.fill = Fill()
 
     def forward(self, x: Tensor) -> Tensor:

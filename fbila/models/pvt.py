@@ -21,13 +21,14 @@ from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from ..layers.grid import resize_positions
+from ..layers.layer_norm import LayerNorm
 from .backbone import Backbone, init_linear
 from .grid_block import GridBlock, resized
 from .patches import Patches
 from .weights import fit_positions
 
 # That of patches has PyTorch's own epsilon.
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+SmallEpsNorm = partial(LayerNorm, eps=1e-6)
 
 
 class PyramidVisionTransformer(Backbone):
@@ -84,7 +85,7 @@ class PyramidVisionTransformer(Backbone):
         pos_drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        norm_layer: Callable[..., nn.Module] = LayerNorm,
+        norm_layer: Callable[..., nn.Module] = SmallEpsNorm,
         device: Any = None,
         dtype: Any = None,
     ) -> None:

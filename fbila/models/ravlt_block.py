@@ -17,6 +17,8 @@ from ..layers import RALA
 from ..layers.axial_rotary import AxialRotary
 from ..layers.depthwise_conv import DepthwiseConv2d
 from ..layers.gated_picture import GatedPictureAttention
+from ..layers.layer_norm import LayerNorm
+from ..layers.pointwise_conv import PointwiseConv2d
 from ..ops import Rotary
 from ..ops.rotary import rotate
 from .stages import over_grid, with_conv
@@ -66,7 +68,7 @@ class WrappedNorm(nn.Module):
 
     def __init__(self, dim: int, **factory: Any) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=1e-6, **factory)
+        self.norm = LayerNorm(dim, eps=1e-6, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x)
@@ -77,10 +79,10 @@ class ConvFeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden: int, drop: float, **factory: Any) -> None:
         super().__init__()
-        self.fc1 = nn.Conv2d(dim, hidden, 1, **factory)
+        self.fc1 = PointwiseConv2d(dim, hidden, **factory)
         self.drop1 = nn.Dropout(drop)
         self.dwconv = DepthwiseConv2d(hidden, 3, **factory)
-        self.fc2 = nn.Conv2d(hidden, dim, 1, **factory)
+        self.fc2 = PointwiseConv2d(hidden, dim, **factory)
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
-from timm.models import build_model_with_cfg, register_notrace_module
+from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from ..layers.depthwise_conv import DepthwiseConv2d
 from .backbone import Backbone
-
-register_notrace_module(DepthwiseConv2d)
 
 
 class Stage(nn.Module):

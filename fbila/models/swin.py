@@ -16,6 +16,7 @@ from timm.models import build_model_with_cfg
 from timm.models.swin_transformer import calc_stage_window_sizes
 from torch import nn
 
+from ..layers.layer_norm import LayerNorm
 from .backbone import init_linear
 from .grid_block import GridBlock
 from .patches import Merging, Patches
@@ -124,7 +125,7 @@ class SwinTransformer(StagedBackbone):
             stages.append(Stage(blocks, None if last else Merging(dim, **factory)))
         super().__init__(patch_embed, stages, widths, in_chans)
         self._window = to_2tuple(window_size), patch_embed.grid_size
-        self.norm = nn.LayerNorm(widths[-1], **factory)
+        self.norm = LayerNorm(widths[-1], **factory)
         self.make_head(num_classes, global_pool, drop_rate, **factory)
         self.apply(init_linear)
         self.register_load_state_dict_pre_hook(_leave_out_buffers)

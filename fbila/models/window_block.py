@@ -7,6 +7,7 @@ from timm.layers import register_notrace_module
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition
 from torch import Tensor, nn
 
+from ..layers.layer_norm import LayerNorm
 from .patches import Fill
 
 
@@ -18,7 +19,7 @@ class WindowBlock(SwinTransformerBlock):
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+        super().__init__(*args, **{"norm_layer": LayerNorm, **options})
         self.shift_mask = ShiftMask()
         self.fill = Fill()
 

@@ -80,7 +80,9 @@ def test_official_keys_and_published_cost(name):
     assert sum(p.numel() for p in model.parameters()) == parameters
     counts = contracts.multiplications(model)
     assert sum(counts.values()) == pytest.approx(flops, rel=2e-3)
-    assert counts["aten.convolution"] == pytest.approx(convolutions, abs=0.1)
+    # Those of 1 x 1 kernels are products here.
+    found = counts["aten.convolution"] + counts["aten.addmm"]
+    assert found == pytest.approx(convolutions, abs=0.1)
 
 
 def test_official_files_load(tmp_path):

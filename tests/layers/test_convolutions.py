@@ -1,0 +1,71 @@
+"""Convolutions of the vision layers are PyTorch's own, whatever is added, in either order."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import DEVICE
+from torch import nn
+
+from fbila.layers.depthwise_conv import DepthwiseConv2d
+from fbila.layers.pointwise_conv import PointwiseConv2d
+
+FORMATS = (torch.contiguous_format, torch.channels_last)
+each_format = pytest.mark.parametrize("order", FORMATS, ids=str)
+
+
+def picture(order, C=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, C, 5, 7, generator=generator, dtype=torch.float64)
+    return x.to(DEVICE).contiguous(memory_format=order)
+
+
+def assert_it_is(ours, stock, x, call):
+    stock.load_state_dict(ours.state_dict(), strict=True)
+    results = []
+    for module in (ours, stock):
+        leaf = x.detach().requires_grad_()
+        y = call(module, leaf)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), [leaf, *module.parameters()])])
+    torch.testing.assert_close(*results, check_stride=False)
+    assert results[0][0].is_contiguous(memory_format=torch.channels_last) == (x.stride(1) == 1)
+
+
+@each_format
+@pytest.mark.parametrize("side", [3, 5, 7])
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("added", ["nothing", "itself", "another"])
+def test_depthwise(added, silu, side, order):
+    def call(module, x):
+        addend = {"nothing": None, "itself": x, "another": picture(order, seed=1)}[added]
+        if type(module) is DepthwiseConv2d:
+            return module(x, addend, silu)
+        y = module(x) if addend is None else addend + module(x)
+        return F.silu(y) if silu else y
+
+    kwargs = {"device": DEVICE, "dtype": torch.float64}
+    stock = nn.Conv2d(6, 6, side, padding=side // 2, groups=6, **kwargs)
+    assert_it_is(DepthwiseConv2d(6, side, **kwargs), stock, picture(order), call)
+
+
+@each_format
+def test_pointwise(order):
+    kwargs = {"device": DEVICE, "dtype": torch.float64}
+    ours, stock = PointwiseConv2d(6, 10, **kwargs), nn.Conv2d(6, 10, 1, **kwargs)
+    assert_it_is(ours, stock, picture(order), lambda module, x: module(x))
+
+
+def test_pictures_without_a_batch():
+    x = picture(torch.contiguous_format)[0]
+    for module in (DepthwiseConv2d(6, 3), PointwiseConv2d(6, 4)):
+        module.to(DEVICE, torch.float64)
+        torch.testing.assert_close(module(x), nn.Conv2d.forward(module, x))
+
+
+def test_autocast_casts_the_picture_alone():
+    module = DepthwiseConv2d(6, 3, device=DEVICE)
+    x = picture(torch.channels_last).float()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert module(x).dtype == torch.bfloat16
+        assert module(x, x).dtype == torch.float32
+        expected = x + nn.Conv2d.forward(module, x)
+        torch.testing.assert_close(module(x, x), expected, rtol=1e-2, atol=2e-2)
