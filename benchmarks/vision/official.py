@@ -16,9 +16,16 @@ from . import official_tokens as tokens
 
 
 def convolution(
-    self: nn.Conv2d, x: Tensor, addend: Tensor | None = None, silu: bool = False
+    self: nn.Conv2d,
+    x: Tensor,
+    addend: Tensor | None = None,
+    residual: bool = False,
+    gelu: bool = False,
+    silu: bool = False,
 ) -> Tensor:
+    x = F.gelu(x) if gelu else x
     y = nn.Conv2d.forward(self, x)
+    y = x + y if residual else y
     y = y if addend is None else addend + y
     return F.silu(y) if silu else y
 

@@ -9,7 +9,7 @@ from ..ops.depthwise_conv_library import depthwise_conv
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """`nn.Conv2d` with a group for each channel and zeros around it, and a sum or SiLU behind it.
+    """`nn.Conv2d` with a group for each channel and zeros around it, sums and activations.
 
     Of a picture in channels_last, which tokens are, all of it is one kernel on a GPU.
 
@@ -21,7 +21,7 @@ class DepthwiseConv2d(nn.Conv2d):
     Example:
         >>> import torch
         >>> x = torch.randn(2, 8, 5, 7)
-        >>> DepthwiseConv2d(8, 3)(x, addend=x).shape
+        >>> DepthwiseConv2d(8, 3)(x, residual=True).shape
         torch.Size([2, 8, 5, 7])
     """
 
@@ -45,25 +45,33 @@ class DepthwiseConv2d(nn.Conv2d):
             dtype=dtype,
         )
 
-    def forward(self, x: Tensor, addend: Tensor | None = None, silu: bool = False) -> Tensor:
-        """`act(addend + conv(x))`, where act is the identity or SiLU.
+    def forward(
+        self,
+        x: Tensor,
+        addend: Tensor | None = None,
+        residual: bool = False,
+        gelu: bool = False,
+        silu: bool = False,
+    ) -> Tensor:
+        """`act(conv(f(x)) + addend + f(x))`, of which the last two may be missing.
 
         Args:
             x: `(B, C, H, W)`.
             addend: Of the same shape; None for nothing.
-            silu: Whether to apply SiLU.
+            residual: Whether to add `f(x)`.
+            gelu: Whether f is GELU; the identity otherwise.
+            silu: Whether act is SiLU; the identity otherwise.
 
         Returns:
             `(B, C, H, W)`, in channels_last if x is.
         """
         if x.dim() == 4 and x.stride(1) == 1:
-            tokens = x.permute(0, 2, 3, 1)
-            # x itself is told from others by being the same object.
-            other = (
-                tokens if addend is x else None if addend is None else addend.permute(0, 2, 3, 1)
-            )
-            y = depthwise_conv(tokens, self.weight, self.bias, other, silu=silu)
+            other = None if addend is None else addend.permute(0, 2, 3, 1)
+            options = {"residual": residual, "gelu": gelu, "silu": silu}
+            y = depthwise_conv(x.permute(0, 2, 3, 1), self.weight, self.bias, other, **options)
             return y.permute(0, 3, 1, 2)
+        x = F.gelu(x) if gelu else x
         y = super().forward(x)
+        y = x + y if residual else y
         y = y if addend is None else addend + y
         return F.silu(y) if silu else y

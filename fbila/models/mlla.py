@@ -53,7 +53,7 @@ class MLLABlock(TokenBlock):
     def mix(self, x: Tensor) -> Tensor:
         _, H, W, _ = x.shape
         gate = F.silu(self.act_proj(x))
-        x = over_grid(self.dwc, self.in_proj(x), None, True)
+        x = over_grid(self.dwc, self.in_proj(x), silu=True)
         x = self.attn(x.flatten(1, 2), H, W).unflatten(1, (H, W))
         return self.out_proj(x * gate)
 

@@ -86,8 +86,12 @@ class ConvFeedForward(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.drop1(F.gelu(self.fc1(x)))
-        return self.drop2(self.fc2(self.dwconv(x, x)))
+        x = self.fc1(x)
+        if self.training and self.drop1.p > 0:
+            x = self.dwconv(self.drop1(F.gelu(x)), residual=True)
+        else:
+            x = self.dwconv(x, residual=True, gelu=True)
+        return self.drop2(self.fc2(x))
 
 
 class RAVLTBlock(nn.Module):

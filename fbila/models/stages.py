@@ -93,12 +93,11 @@ def create_staged(
     )
 
 
-def over_grid(module: nn.Module, x: Tensor, *args: Any) -> Tensor:
+def over_grid(module: nn.Module, x: Tensor, *args: Any, **options: Any) -> Tensor:
     """`(B, H, W, C)` through what takes `(B, C, H, W)`: a view of it, in channels_last."""
-    return module(x.permute(0, 3, 1, 2), *args).permute(0, 2, 3, 1)
+    return module(x.permute(0, 3, 1, 2), *args, **options).permute(0, 2, 3, 1)
 
 
 def with_conv(conv: DepthwiseConv2d, x: Tensor) -> Tensor:
     """`x + conv(x)` of `(B, H, W, C)`."""
-    grid = x.permute(0, 3, 1, 2)
-    return conv(grid, grid).permute(0, 2, 3, 1)
+    return conv(x.permute(0, 3, 1, 2), residual=True).permute(0, 2, 3, 1)

@@ -1,16 +1,17 @@
-"""A depthwise convolution of tokens on a grid, and what is added to it, as a torch.library op.
+"""A depthwise convolution of tokens on a grid, and what is around it, as a torch.library op.
 
-    y = act(addend + bias + taps * x)
+    y = act(taps * f(x) + bias + other),        other: addend, f(x) or nothing
 
 `fbila::depthwise_conv`: x `(B, H, W, C)`, weight `(T, 1, k, k)` with an odd k, bias `(T,)` or None,
-addend `(B, H, W, C)` or None, or x itself where `residual`; T is C, or the channels of one head,
-whose taps all heads share, or B C, where each sample has taps of its own. There are zeros around x.
-`silu` says what act is, the identity or SiLU. y has the shape of x, in the wider dtype of x and
-addend. x and addend are read in place where their channels are contiguous.
+addend `(B, H, W, C)` or None; T is C, or the channels of one head, whose taps all heads share, or
+B C, where each sample has taps of its own. There are zeros around x. Of the options `gelu` says
+what f is, the identity or GELU, `silu` what act is, the identity or SiLU, and `residual` adds f(x).
+y has the shape of x, in the wider dtype of x and addend. x and addend are read in place where
+their channels are contiguous.
 
 Local position encodings and the local branches beside linear attention are of this kind. It is
-differentiable by all tensors but where act is SiLU. A kernel on CUDA for k = 3 and 5, PyTorch
-elsewhere.
+differentiable by all tensors, but not with SiLU of an addend; of what it computes it keeps nothing.
+A kernel on CUDA for k = 3 and 5, PyTorch elsewhere.
 """
 
 import torch
@@ -18,23 +19,24 @@ import torch.nn.functional as F
 
 from .autocast import cast_for_autocast, without_autocast
 from .autograd import differentiable_by, direct, needs_gradient, refuse_second_derivative
+from .gated_conv_backward_library import slope
 from .inlining import inline
 from .library import LIBRARY, sum_dtype
 from .memory_format import dtypes_of
 
 KERNEL_SIZES = (3, 5)
 
+_OPTIONS = "bool residual, bool gelu, bool silu"
 LIBRARY.define(
-    "depthwise_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? addend, bool residual, "
-    "bool silu) -> Tensor"
+    f"depthwise_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? addend, {_OPTIONS}) -> Tensor"
 )
 LIBRARY.define(
-    "depthwise_conv_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, bool residual, "
-    "bool[3] needs_grad) -> (Tensor, Tensor, Tensor)"
+    "depthwise_conv_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, "
+    f"{_OPTIONS}, bool[3] needs_grad) -> (Tensor, Tensor, Tensor)"
 )
 
 
-def empty_result(x, weight, bias, addend, residual=False, silu=False):
+def empty_result(x, weight, bias, addend, *options):
     """y, uninitialised.
 
     Raises:
@@ -67,59 +69,69 @@ def beside(x: torch.Tensor | None) -> torch.Tensor | None:
     return x.contiguous()
 
 
-def in_kernel(x, weight, bias, addend, residual, silu):
-    from .kernels.depthwise_conv import plan_depthwise_conv
-
-    addend = x if residual else addend
+def in_kernel(x, weight, bias, addend, residual, gelu, silu):
     y = empty_result(x, weight, bias, addend)
     if not y.numel():
         return y
     if weight.shape[-1] not in KERNEL_SIZES:
-        return y.copy_(convolution(x, weight, bias, addend, silu))
-    x, addend = beside(x), beside(addend)
-    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    plan_depthwise_conv(
-        x.shape,
-        x.stride(),
-        None if addend is None else addend.stride(),
-        weight.shape[-1],
-        len(weight),
-        False,
-        silu,
-        dtypes_of(x, weight, bias, addend, y),
-    )(x, weight, bias, addend, y)
+        return y.copy_(formula(x, weight, bias, addend, residual, gelu, silu))
+    run(y, x, weight, bias, addend, residual=residual, gelu=gelu, end="silu" if silu else "")
     return y
 
 
-def in_pytorch(x, weight, bias, addend, residual, silu):
-    addend = x if residual else addend
+def run(y, x, weight, bias, other, **options):
+    """Fill y, as `kernels/depthwise_conv.py` says."""
+    from .kernels.depthwise_conv import plan_depthwise_conv
+
+    x, other = beside(x), beside(other)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    stride = None if other is None else other.stride()
+    dtypes = dtypes_of(x, weight, bias, other, y)
+    plan_depthwise_conv(
+        x.shape, x.stride(), stride, weight.shape[-1], len(weight), dtypes, **options
+    )(x, weight, bias, other, y)
+
+
+def in_pytorch(x, weight, bias, addend, residual, gelu, silu):
     y = empty_result(x, weight, bias, addend)
-    return y.copy_(convolution(x, weight, bias, addend, silu)) if y.numel() else y
+    if not y.numel():
+        return y
+    return y.copy_(formula(x, weight, bias, addend, residual, gelu, silu))
 
 
-def convolution(x, weight, bias, addend, silu):
+def formula(x, weight, bias, addend, residual, gelu, silu):
     wide = sum_dtype(x)
-    B, H, W, C = x.shape
     with without_autocast(x):
-        picture, weight, bias, groups = as_picture(x.to(wide), weight.to(wide), bias)
-        y = F.conv2d(picture, weight, bias, padding=weight.shape[-1] // 2, groups=groups)
-        y = y.view(B, C, H, W).permute(0, 2, 3, 1)
+        f = F.gelu(x.to(wide)) if gelu else x.to(wide)
+        y = convolution(f, weight.to(wide), None if bias is None else bias.to(wide))
+        y = y + f if residual else y
         y = y if addend is None else y + addend
         return F.silu(y) if silu else y
+
+
+def convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The convolution alone, by PyTorch, in the dtype of x or that of autocast."""
+    B, H, W, C = x.shape
+    picture, weight, bias, groups = as_picture(x, weight, bias)
+    y = F.conv2d(picture, weight, bias, padding=weight.shape[-1] // 2, groups=groups)
+    return y.view(B, C, H, W).permute(0, 2, 3, 1)
 
 
 def as_picture(x, weight, bias):
     """What `F.conv2d` takes in place of x, weight and bias, and the groups."""
     B, H, W, C = x.shape
-    bias = None if bias is None else bias.to(x.dtype)
-    if len(weight) <= C:
-        heads = C // len(weight)
+    picture = x.permute(0, 3, 1, 2)
+    if len(weight) > C:
+        # Each sample has taps of its own: all its channels are channels of one.
+        return picture.reshape(1, B * C, H, W), weight, bias, B * C
+    heads = C // len(weight)
+    if heads > 1:
+        weight = weight.repeat(heads, 1, 1, 1)
         bias = None if bias is None else bias.repeat(heads)
-        return x.permute(0, 3, 1, 2).contiguous(), weight.repeat(heads, 1, 1, 1), bias, C
-    return x.permute(0, 3, 1, 2).reshape(1, B * C, H, W), weight, bias, B * C
+    return picture, weight, bias, C
 
 
-def empty_gradients(dy, x, weight, bias, residual, needs_grad):
+def empty_gradients(dy, x, weight, bias, residual, gelu, silu, needs_grad):
     return tuple(
         [
             t.new_empty(t.shape) if needed and t is not None else x.new_empty(0)
@@ -128,28 +140,27 @@ def empty_gradients(dy, x, weight, bias, residual, needs_grad):
     )
 
 
-def backward_in_kernel(dy, x, weight, bias, residual, needs_grad):
-    from .kernels.depthwise_conv import plan_depthwise_conv
+def backward_in_kernel(dy, x, weight, bias, residual, gelu, silu, needs_grad):
     from .kernels.depthwise_conv_sums import plan_depthwise_conv_sums
 
     if weight.shape[-1] not in KERNEL_SIZES:
-        return backward_in_pytorch(dy, x, weight, bias, residual, needs_grad)
-    gradients = empty_gradients(dy, x, weight, bias, residual, needs_grad)
+        return backward_in_pytorch(dy, x, weight, bias, residual, gelu, silu, needs_grad)
+    gradients = empty_gradients(dy, x, weight, bias, residual, gelu, silu, needs_grad)
     if not x.numel():
         return tuple([t.zero_() for t in gradients])
     dx, dweight, dbias = (t if t.numel() else None for t in gradients)
-    dy = beside(dy)
-    k, sets = weight.shape[-1], len(weight)
+    x, dy = beside(x), beside(dy)
+    if silu:
+        dz = x.new_empty(x.shape)
+        run(dz, x, weight, bias, dy, residual=residual, gelu=gelu, end="slope")
+        dy = dz
     if dx is not None:
-        addend = dy if residual else None
-        dtypes = dtypes_of(dy, weight, None, addend, dx)
-        stride = dy.stride() if residual else None
-        run = plan_depthwise_conv(dy.shape, dy.stride(), stride, k, sets, True, False, dtypes)
-        run(dy, weight.contiguous(), None, addend, dx)
+        options = {"other": x, "end": "gelu slope"} if gelu else {"other": None}
+        run(dx, dy, weight, None, turned=True, residual=residual, **options)
     if dweight is not None or dbias is not None:
-        x = beside(x)
+        dtypes = dtypes_of(x, dy, dweight, dbias)
         launch, add_up, shape = plan_depthwise_conv_sums(
-            x.shape, x.stride(), dy.stride(), k, sets, dtypes_of(x, dy, dweight, dbias)
+            x.shape, x.stride(), dy.stride(), weight.shape[-1], len(weight), dtypes, gelu
         )
         sums = x.new_empty(shape, dtype=sum_dtype(x))
         launch(x, dy, sums)
@@ -157,24 +168,30 @@ def backward_in_kernel(dy, x, weight, bias, residual, needs_grad):
     return gradients
 
 
-def backward_in_pytorch(dy, x, weight, bias, residual, needs_grad):
-    gradients = empty_gradients(dy, x, weight, bias, residual, needs_grad)
+def backward_in_pytorch(dy, x, weight, bias, residual, gelu, silu, needs_grad):
+    gradients = empty_gradients(dy, x, weight, bias, residual, gelu, silu, needs_grad)
     if not x.numel():
         return tuple([t.zero_() for t in gradients])
     wide = sum_dtype(x)
     T, k = len(weight), weight.shape[-1]
     B, H, W, C = x.shape
+    dz, x, weight = (t.to(wide) for t in (dy, x, weight))
     with without_autocast(x):
-        picture, taps, _, groups = as_picture(x.to(wide), weight.to(wide), None)
-        of_picture = as_picture(dy.to(wide), weight, None)[0]
+        f = F.gelu(x) if gelu else x
+        if silu:
+            z = convolution(f, weight, None if bias is None else bias.to(wide))
+            dz = dz * slope(z + f if residual else z)
+        picture, taps, _, groups = as_picture(f.contiguous(), weight, None)
+        of_picture = as_picture(dz.contiguous(), weight, None)[0]
         one, side = [1, 1], [k // 2, k // 2]
         mask = [needs_grad[0], needs_grad[1], needs_grad[2] and bias is not None]
-        dx, dtaps, dbias = torch.ops.aten.convolution_backward(
+        df, dtaps, dbias = torch.ops.aten.convolution_backward(
             of_picture, picture, taps, [groups], one, side, one, False, [0, 0], groups, mask
         )
     if gradients[0].numel():
-        dx = dx.view(B, C, H, W).permute(0, 2, 3, 1)
-        gradients[0].copy_(dx + dy if residual else dx)
+        df = df.reshape(B, C, H, W).permute(0, 2, 3, 1)
+        df = df + dz if residual else df
+        gradients[0].copy_(df * gelu_slope(x) if gelu else df)
     # Of taps that heads share, over heads.
     for gradient, found in zip(gradients[1:], (dtaps, dbias), strict=True):
         if gradient.numel():
@@ -182,19 +199,25 @@ def backward_in_pytorch(dy, x, weight, bias, residual, needs_grad):
     return gradients
 
 
+def gelu_slope(x: torch.Tensor) -> torch.Tensor:
+    """GELU's derivative."""
+    below = 0.5 * (1 + (x * 0.5**0.5).erf())
+    return below + x * (-0.5 * x * x).exp() * (0.5 / torch.pi) ** 0.5
+
+
 class DepthwiseConv(torch.autograd.Function):
-    """`fbila::depthwise_conv` and its gradients; it keeps x and weight alone."""
+    """`fbila::depthwise_conv` and its gradients; it keeps x, weight and bias alone."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, addend, residual, silu):
-        if silu and any(ctx.needs_input_grad):
-            raise NotImplementedError("depthwise_conv with SiLU has no gradient.")
+    def forward(ctx, x, weight, bias, addend, *options):
+        if options[2] and addend is not None and any(ctx.needs_input_grad):
+            raise NotImplementedError("depthwise_conv with SiLU of an addend has no gradient.")
         ctx.save_for_backward(x, weight, bias)
-        ctx.residual, ctx.addend = residual, None if addend is None else addend.dtype
+        ctx.options, ctx.addend = options, None if addend is None else addend.dtype
         if direct(x, weight, bias, addend):
-            return in_kernel(x, weight, bias, addend, residual, silu)
+            return in_kernel(x, weight, bias, addend, *options)
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.fbila.depthwise_conv(x, weight, bias, addend, residual, silu)
+            return torch.ops.fbila.depthwise_conv(x, weight, bias, addend, *options)
 
     @staticmethod
     def backward(ctx, dy):
@@ -205,10 +228,10 @@ class DepthwiseConv(torch.autograd.Function):
             # With gradients enabled, gradients of gradients are wanted, which the op refuses.
             unseen = not torch.is_grad_enabled() and direct(dy, *tensors)
             run = backward_in_kernel if unseen else torch.ops.fbila.depthwise_conv_backward
-            gradients = run(dy, *tensors, ctx.residual, needed)
+            gradients = run(dy, *tensors, *ctx.options, needed)
         daddend = dy.to(ctx.addend) if ctx.needs_input_grad[3] else None
         found = [t if want else None for t, want in zip(gradients, needed, strict=True)]
-        return (*found, daddend, None, None)
+        return (*found, daddend, None, None, None)
 
 
 LIBRARY.impl("depthwise_conv", in_kernel, "CUDA")
@@ -228,42 +251,27 @@ def depthwise_conv(
     bias: torch.Tensor | None = None,
     addend: torch.Tensor | None = None,
     *,
+    residual: bool = False,
+    gelu: bool = False,
     silu: bool = False,
 ) -> torch.Tensor:
     """`fbila::depthwise_conv` on a GPU, straight away where nothing stands in between.
 
-    Under autocast x is cast as PyTorch's own convolution casts it, and the addend is not.
+    Under autocast the convolution alone is of the lower precision, as PyTorch's own.
     """
-    if not x.is_cuda:
-        y = as_pytorch_does(x, weight, bias)
+    (narrow,) = cast_for_autocast(x)
+    wanted = needs_gradient(x, weight, bias, addend)
+    # What no kernel is for: f(x) of another precision than the convolution, and a gradient.
+    apart = (gelu or residual) and narrow.dtype != x.dtype
+    apart = apart or (silu and addend is not None and wanted)
+    if apart or not x.is_cuda:
+        f = F.gelu(x) if gelu else x
+        y = (depthwise_conv if x.is_cuda else convolution)(f, weight, bias)
+        y = f + y if residual else y
         y = y if addend is None else addend + y
         return F.silu(y) if silu else y
-    (x,) = cast_for_autocast(x)
-    residual = addend is x
-    if residual:
-        addend = None
-    wanted = needs_gradient(x, weight, bias, addend)
-    if silu and wanted:
-        return F.silu(depthwise_conv(x, weight, bias, x if residual else addend))
+    x, options = narrow, (residual, gelu, silu)
     if not direct(x, weight, bias, addend):
-        return torch.ops.fbila.depthwise_conv(x, weight, bias, addend, residual, silu)
+        return torch.ops.fbila.depthwise_conv(x, weight, bias, addend, *options)
     run = DepthwiseConv.apply if wanted else in_kernel
-    return run(x, weight, bias, addend, residual, silu)
-
-
-def as_pytorch_does(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """The convolution alone, in the dtype of x or that of autocast."""
-    B, H, W, C = x.shape
-    padding, groups = weight.shape[-1] // 2, C
-    picture = x.permute(0, 3, 1, 2)
-    if len(weight) > C:
-        # Each sample has taps of its own: all its channels are channels of one.
-        picture, groups = picture.reshape(1, B * C, H, W), B * C
-    elif len(weight) < C:
-        heads = C // len(weight)
-        weight = weight.repeat(heads, 1, 1, 1)
-        bias = None if bias is None else bias.repeat(heads)
-    y = F.conv2d(picture, weight, bias, padding=padding, groups=groups)
-    return y.view(B, C, H, W).permute(0, 2, 3, 1)
+    return run(x, weight, bias, addend, *options)

@@ -32,13 +32,15 @@ def assert_it_is(ours, stock, x, call):
 
 @each_format
 @pytest.mark.parametrize("side", [3, 5, 7])
-@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("gelu, silu", [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("added", ["nothing", "itself", "another"])
-def test_depthwise(added, silu, side, order):
+def test_depthwise(added, gelu, silu, side, order):
     def call(module, x):
-        addend = {"nothing": None, "itself": x, "another": picture(order, seed=1)}[added]
+        addend = picture(order, seed=1) if added == "another" else None
         if type(module) is DepthwiseConv2d:
-            return module(x, addend, silu)
+            return module(x, addend, residual=added == "itself", gelu=gelu, silu=silu)
+        x = F.gelu(x) if gelu else x
+        addend = x if added == "itself" else addend
         y = module(x) if addend is None else addend + module(x)
         return F.silu(y) if silu else y
 
@@ -66,6 +68,7 @@ def test_autocast_casts_the_picture_alone():
     x = picture(torch.channels_last).float()
     with torch.autocast(DEVICE, torch.bfloat16):
         assert module(x).dtype == torch.bfloat16
-        assert module(x, x).dtype == torch.float32
         expected = x + nn.Conv2d.forward(module, x)
-        torch.testing.assert_close(module(x, x), expected, rtol=1e-2, atol=2e-2)
+        for y in (module(x, x), module(x, residual=True)):
+            assert y.dtype == torch.float32
+            torch.testing.assert_close(y, expected, rtol=1e-2, atol=2e-2)

@@ -141,12 +141,25 @@ def calls():
             y, taps, bias = planes(64, side, side, C).to(dtype), planes(C, 1, k, k), planes(C)
             yield (
                 f"depthwise_conv {C} {k} {dtype}",
-                partial(depthwise_conv_library.in_kernel, x, taps, bias, y, False, False),
+                partial(depthwise_conv_library.in_kernel, x, taps, bias, y, *[False] * 3),
             )
             yield (
                 f"gradient of depthwise_conv {C} {k} {dtype}",
                 partial(
-                    depthwise_conv_library.backward_in_kernel, y, x, taps, bias, False, [True] * 3
+                    depthwise_conv_library.backward_in_kernel,
+                    *(y, x, taps, bias, False, False, False, [True] * 3),
+                ),
+            )
+            # f is GELU, act is SiLU.
+            yield (
+                f"curved depthwise_conv {C} {k} {dtype}",
+                partial(depthwise_conv_library.in_kernel, x, taps, bias, None, *[True] * 3),
+            )
+            yield (
+                f"gradient of curved depthwise_conv {C} {k} {dtype}",
+                partial(
+                    depthwise_conv_library.backward_in_kernel,
+                    *(y, x, taps, bias, True, True, True, [True] * 3),
                 ),
             )
     # Sana's, SanaVideo's and DC-AE's hidden layers.

@@ -16,6 +16,9 @@ from fbila.ops.depthwise_conv_library import (
 # Channels that no block divides, strips that are not full, rows of several chunks.
 SHAPES = [(2, 5, 7, 6), (1, 1, 1, 1), (3, 9, 5, 40), (1, 17, 2, 96)]
 ALL = [True, True, True]
+# residual, gelu, silu
+PLAIN = (False, False, False)
+OPTIONS = [(True, False, False), (False, True, False), (False, False, True), (True, True, True)]
 each_function = pytest.mark.parametrize("function", [in_kernel, in_pytorch])
 each_gradient = pytest.mark.parametrize("function", [backward_in_kernel, backward_in_pytorch])
 
@@ -34,8 +37,9 @@ def problem(shape, dtype, side=3, sets=None, kept=None):
     return x, weight, draw(sets, dtype=kept, seed=2), draw(*shape, dtype=dtype, seed=3)
 
 
-def exact(x, weight, bias=None, addend=None, silu=False):
+def exact(x, weight, bias=None, addend=None, residual=False, gelu=False, silu=False):
     x, weight, bias, addend = (None if t is None else t.double() for t in (x, weight, bias, addend))
+    x = F.gelu(x) if gelu else x
     B, H, W, C = x.shape
     if len(weight) <= C:
         weight = weight.repeat(B * C // len(weight), 1, 1, 1)
@@ -43,6 +47,7 @@ def exact(x, weight, bias=None, addend=None, silu=False):
     picture = x.permute(0, 3, 1, 2).reshape(1, B * C, H, W)
     y = F.conv2d(picture, weight, bias, padding=weight.shape[-1] // 2, groups=B * C)
     y = y.view(B, C, H, W).permute(0, 2, 3, 1)
+    y = y + x if residual else y
     y = y if addend is None else y + addend
     return F.silu(y) if silu else y
 
@@ -64,7 +69,7 @@ def sets_of(kind, shape):
 @each_function
 def test_it_is_exact(function, shape, side, dtype):
     x, weight, bias, addend = problem(shape, dtype, side)
-    y = function(x, weight, bias, addend, False, False)
+    y = function(x, weight, bias, addend, *PLAIN)
     assert y.dtype == dtype and y.is_contiguous()
     assert_near(y, exact(x, weight, bias, addend))
 
@@ -74,16 +79,25 @@ def test_it_is_exact(function, shape, side, dtype):
 def test_who_has_taps_of_its_own(function, kind):
     shape = (3, 9, 5, 40)
     x, weight, bias, _ = problem(shape, torch.float32, sets=sets_of(kind, shape))
-    assert_near(function(x, weight, None, None, False, False), exact(x, weight))
-    assert_near(function(x, weight, bias, x, False, True), exact(x, weight, bias, x, silu=True))
-    assert_near(function(x, weight, bias, None, True, False), exact(x, weight, bias, x))
+    assert_near(function(x, weight, None, None, *PLAIN), exact(x, weight))
+    assert_near(function(x, weight, bias, x, *PLAIN), exact(x, weight, bias, x))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@each_function
+def test_options(function, dtype, options):
+    x, weight, bias, addend = problem((2, 9, 5, 8), dtype)
+    assert_near(function(x, weight, bias, None, *options), exact(x, weight, bias, None, *options))
+    found = function(x, weight, bias, addend, *options)
+    assert_near(found, exact(x, weight, bias, addend, *options))
 
 
 @each_function
 def test_the_addend_may_be_wider(function):
     x, weight, bias, addend = problem((2, 5, 7, 8), torch.float16)
     addend = addend.float() / 3
-    y = function(x, weight.float(), bias.float(), addend, False, False)
+    y = function(x, weight.float(), bias.float(), addend, *PLAIN)
     assert y.dtype == torch.float32
     assert_near(y, exact(x, weight, bias, addend))
 
@@ -94,7 +108,7 @@ def test_any_strides(function):
     expected = exact(x, weight, bias, addend)
     x = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     addend = addend.transpose(1, 2).contiguous().transpose(1, 2)
-    assert_near(function(x, weight, bias, addend, False, False), expected)
+    assert_near(function(x, weight, bias, addend, *PLAIN), expected)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
@@ -107,20 +121,32 @@ def test_gradients_are_exact(function, kind, side, dtype):
     leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
     expected = torch.autograd.grad(exact(*leaves), leaves, dy.double())
     for found, wanted, like in zip(
-        function(dy, x, weight, bias, False, ALL), expected, (x, weight, bias), strict=True
+        function(dy, x, weight, bias, *PLAIN, ALL), expected, (x, weight, bias), strict=True
     ):
         assert found.dtype == like.dtype
         assert_near(found, wanted, 2)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@each_gradient
+def test_gradients_with_options(function, dtype, options):
+    x, weight, bias, dy = problem((2, 9, 5, 3), dtype)
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+    expected = torch.autograd.grad(exact(*leaves, None, *options), leaves, dy.double())
+    # With SiLU the gradient of what is in it is rounded as well.
+    for found, wanted in zip(function(dy, x, weight, bias, *options, ALL), expected, strict=True):
+        assert_near(found, wanted, 4)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 70, 1, 3)], ids=str)
 @each_gradient
 def test_gradients_of_a_sum_with_x(function, shape):
     x, weight, bias, dy = problem(shape, torch.float32)
+    options = (True, False, False)
     leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
-    y = exact(*leaves, addend=leaves[0])
-    expected = torch.autograd.grad(y, leaves, dy.double())
-    for found, wanted in zip(function(dy, x, weight, bias, True, ALL), expected, strict=True):
+    expected = torch.autograd.grad(exact(*leaves, None, *options), leaves, dy.double())
+    for found, wanted in zip(function(dy, x, weight, bias, *options, ALL), expected, strict=True):
         assert_near(found, wanted, 2)
 
 
@@ -129,30 +155,34 @@ def test_gradients_of_a_sum_with_x(function, shape):
 def test_only_what_is_wanted_is_made(function, needed):
     x, weight, bias, dy = problem((1, 5, 6, 4), torch.float32)
     wanted = [bool(needed & 1), bool(needed & 2), bool(needed & 4)]
-    every = function(dy, x, weight, bias, False, ALL)
-    some = function(dy, x, weight, bias, False, wanted)
+    every = function(dy, x, weight, bias, *PLAIN, ALL)
+    some = function(dy, x, weight, bias, *PLAIN, wanted)
     for want, found, expected in zip(wanted, some, every, strict=True):
         assert torch.equal(found, expected) if want else found.numel() == 0
 
 
-@pytest.mark.parametrize("silu", [False, True])
-def test_autograd(silu):
+@pytest.mark.parametrize("options", [PLAIN, *OPTIONS], ids=str)
+@pytest.mark.parametrize("added", [False, True])
+def test_autograd(added, options):
     x, weight, bias, addend = problem((2, 5, 7, 8), torch.float64)
-    tensors = [t.detach().requires_grad_() for t in (x, weight, bias, addend)]
-    y = depthwise_conv(*tensors, silu=silu)
-    assert_near(y, exact(*tensors, silu=silu))
+    tensors = [t.detach().requires_grad_() for t in (x, weight, bias, addend)][: 3 + added]
+    named = dict(zip(("residual", "gelu", "silu"), options, strict=True))
+    y = depthwise_conv(*tensors, **named)
+    expected = exact(*tensors, **named)
+    assert_near(y, expected)
     dy = draw(*y.shape, dtype=y.dtype, seed=4)
-    wanted = torch.autograd.grad(exact(*tensors, silu=silu), tensors, dy)
-    for found, expected in zip(torch.autograd.grad(y, tensors, dy), wanted, strict=True):
-        assert_near(found, expected)
+    wanted = torch.autograd.grad(expected, tensors, dy)
+    for found, exactly in zip(torch.autograd.grad(y, tensors, dy), wanted, strict=True):
+        assert_near(found, exactly)
 
 
 def test_the_op_is_registered_in_full():
     x, weight, bias, addend = problem((2, 5, 7, 8), torch.float32)
     x, weight, bias, addend = (t.requires_grad_() for t in (x, weight, bias, addend))
     for arguments in (
-        (x, weight, bias, addend, False, False),
-        (x.detach(), weight.detach(), None, None, True, True),
+        (x, weight, bias, addend, *PLAIN),
+        (x, weight, bias, None, True, True, True),
+        (x.detach(), weight.detach(), None, addend.detach(), True, False, True),
     ):
         torch.library.opcheck(torch.ops.fbila.depthwise_conv, arguments)
 
@@ -160,7 +190,7 @@ def test_the_op_is_registered_in_full():
 def test_gradients_of_gradients_are_refused():
     x, weight, bias, _ = problem((1, 3, 4, 2), torch.float32)
     x = x.detach().requires_grad_()
-    y = torch.ops.fbila.depthwise_conv(x, weight, bias, None, False, False)
+    y = torch.ops.fbila.depthwise_conv(x, weight, bias, None, *PLAIN)
     (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiated twice"):
         torch.autograd.grad(slope.sum(), x)
@@ -175,18 +205,18 @@ def test_bad_shapes():
         ((x, weight, bias, addend[:, :4]), "addend must have"),
     ):
         with pytest.raises(ValueError, match=words):
-            in_kernel(*arguments, False, False)
+            in_kernel(*arguments, *PLAIN)
 
 
 def test_empty():
     x, weight, bias, _ = problem((0, 5, 7, 8), torch.float32)
-    assert in_kernel(x, weight, bias, None, False, False).shape == x.shape
-    for found in backward_in_kernel(x, x, weight, bias, False, ALL):
+    assert in_kernel(x, weight, bias, None, *PLAIN).shape == x.shape
+    for found in backward_in_kernel(x, x, weight, bias, *PLAIN, ALL):
         assert not found.any()
 
 
 def test_results_are_the_same_every_time():
     x, weight, bias, dy = problem((3, 33, 9, 24), torch.float32)
-    first = backward_in_kernel(dy, x, weight, bias, False, ALL)
-    again = backward_in_kernel(dy, x, weight, bias, False, ALL)
+    first = backward_in_kernel(dy, x, weight, bias, *PLAIN, ALL)
+    again = backward_in_kernel(dy, x, weight, bias, *PLAIN, ALL)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

@@ -1,9 +1,13 @@
-"""A depthwise k x k convolution of tokens on a grid, and what is added to it, in one launch.
+"""A depthwise k x k convolution of tokens on a grid, and what is around it, in one launch.
 
-    y_c = act(addend_c + bias_c + sum_ij taps_ijc x_c(h + i - k // 2, w + j - k // 2))
+    z_c = bias_c + sum_ij taps_ijc f(x_c(h + i - k // 2, w + j - k // 2)),      f: identity or GELU
+    ""       y = z + other          "silu"        y = SiLU(z + other)
+    "slope"  y = other SiLU'(z)     "gelu slope"  y = z GELU'(other)
 
-x, addend, y: `(B, H, W, C)`, contiguous along C; act is the identity or SiLU. It is computed in
-float32 and rounded once. With the taps turned by half a turn it is its own gradient by x.
+x, other, y: `(B, H, W, C)`, contiguous along C; other may be missing in the first two. It is
+computed in float32 and rounded once. With the taps turned by half a turn, z is the gradient by
+f(x); the slopes make gradients of the first two. f(x) itself is added as one more to the tap in
+the middle.
 
 A program has a block of channels in `LANES` lanes. A lane is `PIXELS` columns of a grid, down which
 it goes for a chunk of its rows; the lanes of all samples are numbered through, so that small grids
@@ -20,6 +24,7 @@ import triton.language as tl
 
 from .channels import inside
 from .features import exp
+from .gated_conv import silu, silu_and_slope
 from .launch import Launch, kernel
 from .rolling_rows import add_row, begin, load_pixels, load_row, load_taps, pixels_of
 from .separable_conv import place
@@ -37,15 +42,41 @@ ROWS, FEWEST_ROWS = 64, 8
 PROGRAMS = 1024
 
 
+@triton.jit
+def gelu_and_slope(x):
+    below = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    return x * below, below + x * (0.3989422804014327 * exp(-0.5 * x * x))
+
+
+@triton.jit
+def gelu_of(tiles):
+    found = ()
+    for j in tl.static_range(len(tiles)):
+        found += (gelu_and_slope(tiles[j])[0],)
+    return found
+
+
+@triton.jit
+def finish(z, other, END: tl.constexpr):
+    if END == "slope":
+        y = other * silu_and_slope(z)[1]
+    elif END == "gelu slope":
+        y = z * gelu_and_slope(other)[1]
+    else:
+        y = z + other
+    return y
+
+
 @kernel
 def depthwise_conv_kernel(
-    x, taps, bias, addend, y,
+    x, taps, bias, other, y,
     x_sample: "i64", x_row: "i64", x_column: "i64",
     a_sample: "i64", a_row: "i64", a_column: "i64",
     samples: "i32", height: "i32", width: "i32", channels: "i32",
     sets: "i32", of_samples: "i32", strips: "i32", chunks: "i32", rows: "i32", above: "i32",
     UNIT: tl.constexpr, UNIT_A: tl.constexpr, UNIT_C: tl.constexpr,
-    TURNED: tl.constexpr, SILU: tl.constexpr, KERNEL: tl.constexpr,
+    TURNED: tl.constexpr, RESIDUAL: tl.constexpr, GELU: tl.constexpr, END: tl.constexpr,
+    KERNEL: tl.constexpr,
     BLOCK: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # Blocks of channels are fastest: programs that run together share the lines they meet in.
@@ -62,7 +93,7 @@ def depthwise_conv_kernel(
     b_0 = tl.zeros((LANES, BLOCK), dtype=ACC)
     # As many sets of taps as there are, in turn: one for all channels, for a head's, or a sample's.
     o_t = ((i_b * of_samples)[:, None] * C + o_c[None, :]) % (sets.to(tl.int64) * UNIT_C)
-    b_taps = load_taps(taps + o_t * (KERNEL * KERNEL), there, b_0, KERNEL, TURNED)
+    b_taps = load_taps(taps + o_t * (KERNEL * KERNEL), there, b_0, KERNEL, TURNED, RESIDUAL)
     if bias is not None:
         b_0 += tl.load(bias + o_t, mask=there, other=0.0).to(ACC)
     sums = begin(b_0, PIXELS, KERNEL)
@@ -77,6 +108,8 @@ def depthwise_conv_kernel(
     ahead = load_row(p_x, x_column * UNIT, o_x, width, m_x, True, PIXELS, KERNEL)
     for _row in range(0, above + KERNEL // 2):
         pixels = pixels_of(ahead, True, PIXELS, KERNEL, ACC)
+        if GELU:
+            pixels = gelu_of(pixels)
         row += 1
         p_x += x_row * UNIT
         m_x = there & (row >= 0) & (row < end)
@@ -85,32 +118,34 @@ def depthwise_conv_kernel(
 
     position = first[:, None].to(tl.int64) * width + column
     p_y = y + ((i_b * height)[:, None] * width + position) * C + o_c[None, :]
-    p_a = addend
-    if addend is not None:
+    p_a = other
+    if other is not None:
         p_a += (i_b * (a_sample * UNIT_A))[:, None] + o_c[None, :]
         p_a += first[:, None].to(tl.int64) * (a_row * UNIT_A) + column * (a_column * UNIT_A)
     left = tl.minimum(height - first, rows)[:, None]
     extra = ()
-    if addend is not None:
+    if other is not None:
         extra = load_pixels(p_a, a_column * UNIT_A, o_x, width, there & (left > 0), PIXELS)
     for i in range(0, rows):
         pixels = pixels_of(ahead, True, PIXELS, KERNEL, ACC)
+        if GELU:
+            pixels = gelu_of(pixels)
         row += 1
         p_x += x_row * UNIT
         m_x = there & (row >= 0) & (row < end)
         ahead = load_row(p_x, x_column * UNIT, o_x, width, m_x, True, PIXELS, KERNEL)
-        added = extra
-        if addend is not None:
+        beside = extra
+        if other is not None:
             p_a += a_row * UNIT_A
             m_a = there & (i + 1 < left)
             extra = load_pixels(p_a, a_column * UNIT_A, o_x, width, m_a, PIXELS)
         z, sums = add_row(sums, pixels, b_taps, b_0, PIXELS, KERNEL)
         for j in tl.static_range(PIXELS):
             b_y = z[j]
-            if addend is not None:
-                b_y += added[j].to(ACC)
-            if SILU:
-                b_y = b_y / (1.0 + exp(-b_y))
+            if other is not None:
+                b_y = finish(b_y, beside[j].to(ACC), END)
+            if END == "silu":
+                b_y = silu(b_y)
             m_y = there & (i < left) & (o_x + j < width)
             tl.store(p_y + j * C, b_y.to(y.dtype.element_ty), mask=m_y)
         p_y += width * C
@@ -175,14 +210,21 @@ def plan_depthwise_conv(
     stride_a: tuple[int, ...] | None,
     kernel_size: int,
     sets: int,
-    turned: bool,
-    silu: bool,
     dtypes: tuple[torch.dtype | None, ...],
+    *,
+    turned: bool = False,
+    residual: bool = False,
+    gelu: bool = False,
+    end: str = "",
 ) -> Launch:
-    """shape, stride: of x; stride_a: of the addend, if there is one.
+    """shape, stride: of x; stride_a: of the other tensor, if there is one.
 
     sets: How many channels have taps of their own: all C, those of one head, or B * C.
-    dtypes: Of x, taps, bias, addend and y.
+    dtypes: Of x, taps, bias, the other tensor and y.
+    turned: The taps by half a turn.
+    residual: One more for the tap in the middle.
+    gelu: Of x, first.
+    end: What is done at the end, as above.
     """
     B, H, W, C = shape
     dtype, dtype_a = dtypes[0], dtypes[3]
@@ -206,7 +248,9 @@ def plan_depthwise_conv(
             "UNIT_A": unit_a,
             "UNIT_C": unit_c,
             "TURNED": turned,
-            "SILU": silu,
+            "RESIDUAL": residual,
+            "GELU": gelu,
+            "END": end,
             "KERNEL": kernel_size,
             "BLOCK": plan.block,
             "LANES": plan.lanes,

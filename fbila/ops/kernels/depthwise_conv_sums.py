@@ -1,10 +1,11 @@
 """The gradients of a depthwise convolution of tokens by its taps and its bias.
 
-    dtap_ijc = sum_bhw dy_c(h - i + k // 2, w) x_c(h, w + j - k // 2),      dbias_c = sum_bhw dy_c
+    dtap_ijc = sum_bhw dy_c(h - i + k // 2, w) f(x_c(h, w + j - k // 2)),    dbias_c = sum_bhw dy_c
 
-x, dy `(B, H, W, C)`, contiguous along C -> the sums of each program, `(parts, k k + 1, C)`: those
-of the taps and that of the bias, which a second kernel adds up. A program has a block of channels
-in `LANES` lanes, which go down the rows of x with k rows of dy at hand, of which each is read once.
+f is the identity or GELU. x, dy `(B, H, W, C)`, contiguous along C -> the sums of each program,
+`(parts, k k + 1, C)`: those of the taps and that of the bias, which a second kernel adds up. A
+program has a block of channels in `LANES` lanes, which go down the rows of x with k rows of dy at
+hand, of which each is read once.
 What it adds up is of one sample where samples have taps of their own. The sums are added up in one
 order every time.
 """
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .channels import inside
-from .depthwise_conv import Lanes, strides_of
+from .depthwise_conv import Lanes, gelu_of, strides_of
 from .launch import Launch, kernel
 from .rolling_rows import load_pixels, load_row, pixels_of, without_first
 from .separable_conv import place
@@ -60,7 +61,8 @@ def depthwise_conv_sums_kernel(
     d_sample: "i64", d_row: "i64", d_column: "i64",
     height: "i32", width: "i32", channels: "i32",
     strips: "i32", chunks: "i32", rows: "i32", works: "i32", parts: "i32", of_sample: "i32",
-    UNIT: tl.constexpr, UNIT_D: tl.constexpr, UNIT_C: tl.constexpr, KERNEL: tl.constexpr,
+    UNIT: tl.constexpr, UNIT_D: tl.constexpr, UNIT_C: tl.constexpr, GELU: tl.constexpr,
+    KERNEL: tl.constexpr,
     BLOCK: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     SIDE: tl.constexpr = KERNEL // 2
@@ -105,6 +107,8 @@ def depthwise_conv_sums_kernel(
         )
         for _row in range(0, rows):
             pixels = pixels_of(ahead, True, PIXELS, KERNEL, ACC)
+            if GELU:
+                pixels = gelu_of(pixels)
             below = ()
             for j in tl.static_range(PIXELS):
                 below += (under[j].to(ACC),)
@@ -159,15 +163,19 @@ def plan_depthwise_conv_sums(
     kernel_size: int,
     sets: int,
     dtypes: tuple[torch.dtype | None, ...],
+    gelu: bool,
 ) -> tuple[Launch, Launch, tuple[int, ...]]:
     """The launches of both kernels, and the shape of the sums between them.
 
     dtypes: Of x, dy, the gradients of the taps and of the bias.
+    gelu: Whether f is GELU.
     """
     B, H, W, C = shape
     dtype, dtype_d = dtypes[0], dtypes[1]
     assert dtype is not None and dtype_d is not None
-    of_thread = max(1, BYTES[kernel_size] // max(dtype.itemsize, dtype_d.itemsize))
+    # GELU takes registers, too.
+    wide = max(dtype.itemsize, dtype_d.itemsize) * (2 if gelu else 1)
+    of_thread = max(1, BYTES[kernel_size] // wide)
     plan = Lanes.of((1, *shape[1:]), PIXELS, of_thread)
     strides, unit = strides_of(shape, stride, dtype.itemsize)
     strides_d, unit_d = strides_of(shape, stride_d, dtype_d.itemsize)
@@ -188,6 +196,7 @@ def plan_depthwise_conv_sums(
             "UNIT": unit,
             "UNIT_D": unit_d,
             "UNIT_C": unit_c,
+            "GELU": gelu,
             "KERNEL": kernel_size,
             "BLOCK": plan.block,
             "LANES": plan.lanes,

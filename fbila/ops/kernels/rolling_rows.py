@@ -14,14 +14,22 @@ import triton.language as tl
 
 
 @triton.jit
-def load_taps(p, mask, zero, KERNEL: tl.constexpr, TURNED: tl.constexpr = False):
-    """Row by row, of the type and the shape of `zero`; `TURNED`: by half a turn."""
+def load_taps(
+    p, mask, zero, KERNEL: tl.constexpr,
+    TURNED: tl.constexpr = False, RESIDUAL: tl.constexpr = False,
+):  # fmt: skip
+    """Row by row, of the type and the shape of `zero`.
+
+    TURNED: by half a turn. RESIDUAL: one more for the tap in the middle.
+    """
     taps = ()
     for j in tl.static_range(KERNEL * KERNEL):
         if TURNED:
             tap = tl.load(p + (KERNEL * KERNEL - 1 - j), mask=mask, other=0.0).to(zero.dtype)
         else:
             tap = tl.load(p + j, mask=mask, other=0.0).to(zero.dtype)
+        if RESIDUAL and j == KERNEL * KERNEL // 2:
+            tap += 1.0
         taps += (tl.broadcast_to(tap, zero.shape),)
     return taps
 
