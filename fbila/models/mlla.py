@@ -12,7 +12,6 @@ training resolution: they are compared with the formula and not kept.
 from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
 from timm.models import (
     generate_default_cfgs,
     register_model,
@@ -23,12 +22,21 @@ from torch import Tensor, nn
 from ..layers import MLLALinearAttention
 from ..layers.depthwise_conv import DepthwiseConv2d
 from ..ops.autocast import cast_for_autocast
+from ..ops.silu_gate_library import silu_gate
 from .conv_tokens import TokenBackbone, TokenBlock
 from .default_cfg import imagenet_cfg
 from .stages import create_staged, over_grid
 
 # FX cannot follow what it does with sizes.
 register_notrace_module(MLLALinearAttention)
+
+
+@register_notrace_module
+class Gate(nn.Module):
+    """`x SiLU(g)`: of modules alone, tracers of graphs do not look inside."""
+
+    def forward(self, x: Tensor, g: Tensor) -> Tensor:
+        return silu_gate(x, g)
 
 
 class MLLABlock(TokenBlock):
@@ -49,16 +57,17 @@ class MLLABlock(TokenBlock):
         self.act_proj = nn.Linear(dim, dim, **factory)
         self.dwc = DepthwiseConv2d(dim, 3, **factory)
         self.attn = MLLALinearAttention(dim, num_heads, qkv_bias, **factory)
+        self.gate = Gate()
         self.out_proj = nn.Linear(dim, dim, **factory)
 
     def mix(self, x: Tensor) -> Tensor:
         _, H, W, _ = x.shape
         # Autocast would make a copy for each of the two projections, and keep both.
         (x,) = cast_for_autocast(x)
-        gate = F.silu(self.act_proj(x))
+        gate = self.act_proj(x)
         x = over_grid(self.dwc, self.in_proj(x), silu=True)
         x = self.attn(x.flatten(1, 2), H, W).unflatten(1, (H, W))
-        return self.out_proj(x * gate)
+        return self.out_proj(self.gate(x, gate))
 
 
 class MLLA(TokenBackbone):

@@ -17,6 +17,7 @@ from fbila.ops.norm_library import layer_norm, layer_norm_leaky_relu
 from fbila.ops.rms_norm_library import rms_norm
 from fbila.ops.separable_conv_library import separable_conv2d
 from fbila.ops.signed_map_library import signed_map
+from fbila.ops.silu_gate_library import silu_gate
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
@@ -78,6 +79,11 @@ def rows(dtype: torch.dtype):
         ):
             (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
             yield f"gradient of {function} {D}", gradient
+        x_, g = (t.detach().requires_grad_() for t in x.chunk(2, 1))
+        y = silu_gate(x_, g)
+        yield f"silu_gate {D}", y
+        for gradient in torch.autograd.grad(y, (x_, g), torch.ones_like(y)):
+            yield f"gradients of silu_gate {D}", gradient
         y = layer_norm_leaky_relu(x.unflatten(1, (2, D)).transpose(0, 1), weight, weight, 1e-5, 0.1)
         yield f"norm with activation {D}", y
         for gradient in torch.autograd.grad(y, (x, weight), torch.ones_like(y)):

@@ -25,6 +25,7 @@ from fbila.ops import (
     separable_conv_library,
     signed_map_backward_library,
     signed_map_library,
+    silu_gate_library,
 )
 from fbila.ops.kernels.launch import Launch
 
@@ -134,6 +135,9 @@ def calls():
                 f"rms_norm {D}{name}",
                 partial(rms_norm_library.in_kernel, x, weight, weight, 1e-5, weight.dtype),
             )
+    x = planes(2, 256, 320)
+    yield "silu_gate", partial(silu_gate_library.in_kernel, x, x)
+    yield "gradient of silu_gate", partial(silu_gate_library.backward_in_kernel, x, x, x)
     # Local position encodings beside values that are a part of a projection.
     for C, side, k in ((96, 56, 5), (64, 56, 3), (384, 14, 3)):
         for dtype in (torch.bfloat16, torch.float32):

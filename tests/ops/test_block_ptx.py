@@ -40,7 +40,8 @@ def test_all_kernels_are_seen(kernels):
         "group_grad_parts_kernel", "group_grad_merge_kernel", "group_grad_apply_kernel",
         "gated_conv_kernel", "gated_conv_backward_kernel", "gated_conv_sums_kernel",
         "separable_conv_kernel", "depthwise_conv_kernel", "depthwise_conv_sums_kernel",
-        "add_up_kernel", "signed_map_kernel", "signed_map_backward_kernel",
+        "add_up_kernel", "silu_gate_kernel", "silu_gate_backward_kernel",
+        "signed_map_kernel", "signed_map_backward_kernel",
     }  # fmt: skip
 
 
