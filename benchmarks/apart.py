@@ -20,8 +20,6 @@ from .timing import Call
 from .turns import record_of
 
 READY = "ready"
-# At a time: compilers and models have to fit beside each other in memory.
-PROCESSES = 12
 
 
 class WaitingTimer:
@@ -65,10 +63,10 @@ def own_output() -> TextIO:
 
 
 def measure_apart(rows: Sequence[Any], args: Namespace) -> Iterator[tuple[Any, dict]]:
-    """Each row with its record; as many rows at a time as `PROCESSES` have ways."""
+    """Each row with its record; as many rows at a time as `args.processes` have ways."""
     group: list[Any] = []
     for row in rows:
-        if group and sum(len(other.attentions) for other in (*group, row)) > PROCESSES:
+        if group and sum(len(other.attentions) for other in (*group, row)) > args.processes:
             yield from _measure_group(group, args)
             group = []
         group.append(row)

@@ -24,6 +24,7 @@ def parse(name: str, description: str, argv: Sequence[str] | None) -> argparse.N
     add("--resume", action="store_true", help="keep what --output has already")
     add("--seconds", type=float, default=2.0, help="of repeats for each turn (%(default)s)")
     add("--apart", action="store_true", help="compile all ways in processes, side by side")
+    add("--processes", type=int, default=12, help="at a time, with --apart (%(default)s)")
     add("--way", help=argparse.SUPPRESS)
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny models, to try it out")
     args = parser.parse_args(argv)

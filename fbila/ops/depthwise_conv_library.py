@@ -44,7 +44,8 @@ def empty_result(x, weight, bias, addend, *options):
     """
     B, _, _, C = x.shape
     T, k = weight.shape[0], weight.shape[-1]
-    if weight.shape != (T, 1, k, k) or k % 2 == 0 or not (T == B * C or (T > 0 and C % T == 0)):
+    # A number of samples that is a symbol is compared only where it has to be.
+    if weight.shape != (T, 1, k, k) or k % 2 == 0 or not ((T > 0 and C % T == 0) or T == B * C):
         raise ValueError(
             f"weight must be (T, 1, k, k), with an odd k and a T that divides {C} channels or is "
             f"{B * C}, got {list(weight.shape)}."

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from argparse import Namespace
 from dataclasses import replace
 
 from benchmarks import apart
@@ -62,9 +63,8 @@ def test_rows_are_compiled_together(monkeypatch):
             return 0
 
     monkeypatch.setattr(apart, "_start", Child)
-    monkeypatch.setattr(apart, "PROCESSES", 2)
     monkeypatch.setattr(apart, "record_of", lambda row, outcomes, missing: outcomes)
-    records = list(measure_apart(rows, None))
+    records = list(measure_apart(rows, Namespace(processes=2)))
     names = [row.name for row in rows]
     assert [record["official"]["row"] for _, record in records] == names
     assert order == ["start", "start", *names[:2], "start", names[2]]
