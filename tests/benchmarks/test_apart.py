@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from argparse import Namespace
 from dataclasses import replace
 
 from benchmarks import apart
@@ -64,7 +63,7 @@ def test_rows_are_compiled_together(monkeypatch):
 
     monkeypatch.setattr(apart, "_start", Child)
     monkeypatch.setattr(apart, "record_of", lambda row, outcomes, missing: outcomes)
-    records = list(measure_apart(rows, Namespace(processes=2)))
+    records = list(measure_apart(rows, argparse.Namespace(processes=2)))
     names = [row.name for row in rows]
     assert [record["official"]["row"] for _, record in records] == names
     assert order == ["start", "start", *names[:2], "start", names[2]]
