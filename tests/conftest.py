@@ -1,5 +1,6 @@
 """Where there is no GPU, the kernels run through Triton's interpreter; it is chosen at import."""
 
+import gc
 import os
 
 # Looked at when numpy and torch are loaded. Tensors this small wait for threads more than they
@@ -13,3 +14,9 @@ if not torch.cuda.is_available():
     import interpreter
 
     interpreter.hasten()
+
+
+def pytest_collection_finish():
+    """What was imported stays: looking through it again and again for garbage takes its time."""
+    gc.collect()
+    gc.freeze()
