@@ -1,10 +1,13 @@
 """How the separable convolution divides pictures: into strips, chunks of rows, and programs."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from fbila.ops.kernels import separable_conv
-from fbila.ops.kernels.separable_conv import plan_separable_conv, split_rows
+from fbila.ops.kernels.rolling_rows import split_rows
+from fbila.ops.kernels.separable_conv import plan_separable_conv
 from fbila.ops.separable_conv_library import in_kernel
 
 from .separable_cases import assert_near, draw, each_format, exact
@@ -59,13 +62,14 @@ def test_results_do_not_depend_on_other_samples(size, order):
 
 
 def test_rows_are_divided_for_enough_programs():
-    assert split_rows(32, 2000) == (1, 32)
-    assert split_rows(256, 2000) == (4, 64)
-    assert split_rows(65, 2000) == (2, 33)
-    assert split_rows(32, 512) == (2, 16)
-    assert split_rows(32, 1) == (4, 8)
-    assert split_rows(14, 1) == (1, 14)
-    assert split_rows(16, 1) == (2, 8)
+    split = partial(split_rows, most=64, fewest=8, least=1024)
+    assert split(32, 2000) == (1, 32)
+    assert split(256, 2000) == (4, 64)
+    assert split(65, 2000) == (2, 33)
+    assert split(32, 512) == (2, 16)
+    assert split(32, 1) == (4, 8)
+    assert split(14, 1) == (1, 14)
+    assert split(16, 1) == (2, 8)
     for height in range(1, 200):
-        chunks, rows = split_rows(height, 1)
+        chunks, rows = split(height, 1)
         assert (chunks - 1) * rows < height <= chunks * rows and rows >= min(height, 8)

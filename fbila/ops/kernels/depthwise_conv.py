@@ -26,8 +26,16 @@ from .channels import inside
 from .features import exp
 from .gated_conv import silu, silu_and_slope
 from .launch import Launch, kernel
-from .rolling_rows import add_row, begin, load_pixels, load_row, load_taps, pixels_of
-from .separable_conv import place
+from .rolling_rows import (
+    add_row,
+    begin,
+    load_pixels,
+    load_row,
+    load_taps,
+    pixels_of,
+    place,
+    split_rows,
+)
 from .tiling import Tiling
 
 # Columns of a lane, of which k - 1 more are read than written, and bytes of a thread's channels.
@@ -169,7 +177,8 @@ class Lanes(NamedTuple):
         strips = triton.cdiv(W, pixels)
         most = triton.next_power_of_2(B * strips * triton.cdiv(H, FEWEST_ROWS))
         lanes = max(1, min(THREADS * of_thread // block, most))
-        chunks, rows = split_rows(H, triton.cdiv(C, block) * triton.cdiv(B * strips, lanes))
+        programs = triton.cdiv(C, block) * triton.cdiv(B * strips, lanes)
+        chunks, rows = split_rows(H, programs, ROWS, FEWEST_ROWS, PROGRAMS)
         warps = max(1, lanes * block // (32 * of_thread))
         return Lanes(block, lanes, strips, chunks, rows, warps)
 
@@ -180,15 +189,6 @@ def block_of(channels: int) -> int:
     while block > 32 and channels % block:
         block //= 2
     return block
-
-
-def split_rows(height: int, programs: int) -> tuple[int, int]:
-    """(chunks, rows of each) of grids that would take so many programs undivided."""
-    chunks = triton.cdiv(height, ROWS)
-    while programs * chunks < PROGRAMS and triton.cdiv(height, 2 * chunks) >= FEWEST_ROWS:
-        chunks *= 2
-    rows = triton.cdiv(height, chunks)
-    return triton.cdiv(height, rows), rows
 
 
 def strides_of(

@@ -20,8 +20,7 @@ import triton.language as tl
 from .channels import inside
 from .depthwise_conv import Lanes, gelu_of, strides_of
 from .launch import Launch, kernel
-from .rolling_rows import load_pixels, load_row, pixels_of, without_first
-from .separable_conv import place
+from .rolling_rows import load_pixels, load_row, pixels_of, place, without_first
 from .tiling import Tiling
 
 # As in `depthwise_conv.py`.

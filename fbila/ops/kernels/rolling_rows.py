@@ -14,6 +14,25 @@ import triton.language as tl
 
 
 @triton.jit
+def place(lane, strips, chunks, rows):
+    """A lane's sample, its first row, and its place among those side by side."""
+    i_s, lane = lane % strips, lane // strips
+    return (lane // chunks).to(tl.int64), lane % chunks * rows, i_s
+
+
+def split_rows(height: int, programs: int, most: int, fewest: int, least: int) -> tuple[int, int]:
+    """(chunks, rows of each) of pictures that would take so many programs undivided.
+
+    Chunks of `most` rows, or of fewer, but no fewer than `fewest`, for `least` programs.
+    """
+    chunks = triton.cdiv(height, most)
+    while programs * chunks < least and triton.cdiv(height, 2 * chunks) >= fewest:
+        chunks *= 2
+    rows = triton.cdiv(height, chunks)
+    return triton.cdiv(height, rows), rows
+
+
+@triton.jit
 def load_taps(
     p, mask, zero, KERNEL: tl.constexpr,
     TURNED: tl.constexpr = False, RESIDUAL: tl.constexpr = False,

@@ -18,7 +18,16 @@ import triton
 import triton.language as tl
 
 from .launch import Launch, kernel
-from .rolling_rows import add_row, begin, join, load_row, load_taps, pixels_of
+from .rolling_rows import (
+    add_row,
+    begin,
+    join,
+    load_row,
+    load_taps,
+    pixels_of,
+    place,
+    split_rows,
+)
 from .tiling import Tiling
 
 # Lanes of a program in NCHW and in channels_last, as far as it has so many threads: with 5 x 5 taps
@@ -41,13 +50,6 @@ def by_channel(v, LAST: tl.constexpr):
 def by_position(v, LAST: tl.constexpr):
     """(lanes,) or (positions,) along those of a tile."""
     return v[:, None] if LAST else v[None, :]
-
-
-@triton.jit
-def place(lane, strips, chunks, rows):
-    """A lane's sample, its first row, and its place among those side by side."""
-    i_s, lane = lane % strips, lane // strips
-    return (lane // chunks).to(tl.int64), lane % chunks * rows, i_s
 
 
 @kernel
@@ -140,15 +142,6 @@ def separable_conv_kernel(
         p_y += y_row
 
 
-def split_rows(height: int, programs: int) -> tuple[int, int]:
-    """(chunks, rows of each) of pictures that would take so many programs undivided."""
-    chunks = triton.cdiv(height, ROWS)
-    while programs * chunks < PROGRAMS and triton.cdiv(height, 2 * chunks) >= FEWEST_ROWS:
-        chunks *= 2
-    rows = triton.cdiv(height, chunks)
-    return triton.cdiv(height, rows), rows
-
-
 @lru_cache(maxsize=1024)
 def plan_separable_conv(
     shape: tuple[int, ...],
@@ -173,7 +166,9 @@ def plan_separable_conv(
     # Products have 16 positions at least.
     lanes = max(min(lanes, THREADS * channels // block_d), 16 // pixels)
     groups, strips = C // group_channels, triton.cdiv(W, pixels)
-    chunks, rows = split_rows(H, groups * triton.cdiv(B * strips, lanes))
+    chunks, rows = split_rows(
+        H, groups * triton.cdiv(B * strips, lanes), ROWS, FEWEST_ROWS, PROGRAMS
+    )
     # Rows above the picture are left out where all lanes begin at its top.
     above = 0 if chunks == 1 else kernel_size // 2
     # An axis of length 1 may have any stride; it is never stepped along.
