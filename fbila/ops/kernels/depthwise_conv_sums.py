@@ -3,11 +3,10 @@
     dtap_ijc = sum_bhw dy_c(h - i + k // 2, w) f(x_c(h, w + j - k // 2)),    dbias_c = sum_bhw dy_c
 
 f is the identity or GELU. x, dy `(B, H, W, C)`, contiguous along C -> the sums of each program,
-`(parts, k k + 1, C)`: those of the taps and that of the bias, which a second kernel adds up. A
+`(parts, k k + 1, C)`: those of the taps and that of the bias, which `add_up.py` adds up. A
 program has a block of channels in `LANES` lanes, which go down the rows of x with k rows of dy at
 hand, of which each is read once.
-What it adds up is of one sample where samples have taps of their own. The sums are added up in one
-order every time.
+What it sums is of one sample where samples have taps of their own.
 """
 
 import math
@@ -17,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .add_up import plan_add_up
 from .channels import inside
 from .depthwise_conv import Lanes, gelu_of, strides_of
 from .launch import Launch, kernel
@@ -27,8 +27,6 @@ from .tiling import Tiling
 PIXELS, BYTES = 4, {3: 8, 5: 4}
 # Two for every multiprocessor: what each of them sums has to be added up.
 PROGRAMS = 264
-# Of the kernel that adds up: sums of a program, and of how many parts it reads them at a time.
-COLUMNS, AT_A_TIME = 32, 128
 
 
 @triton.jit
@@ -128,32 +126,6 @@ def depthwise_conv_sums_kernel(
         tl.store(p_s + j * C, tl.sum(total[j], 0), mask=m_c)
 
 
-@kernel
-def add_up_kernel(
-    sums, dtaps, dbias,
-    channels: "i32", sets: "i32", repeats: "i32", parts: "i32",
-    TAPS: tl.constexpr, COLUMNS: tl.constexpr, AT_A_TIME: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    i_t, o_r = tl.program_id(1), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    m_r = o_r < sets
-    # A sample's own taps have parts of their own.
-    i_g, o_c = (o_r // channels).to(tl.int64), o_r % channels
-    total = tl.zeros((COLUMNS,), dtype=ACC)
-    # Every head of every part.
-    for first in range(0, parts * repeats, AT_A_TIME):
-        o_h = first + tl.arange(0, AT_A_TIME)
-        o_p, head = o_h // repeats, o_h % repeats
-        o_s = ((i_g * parts)[None, :] + o_p[:, None]) * ((TAPS + 1) * channels)
-        o_s += i_t * channels + (head * sets)[:, None] + o_c[None, :]
-        m_s = (o_p < parts)[:, None] & m_r[None, :]
-        total += tl.sum(tl.load(sums + o_s, mask=m_s, other=0.0), 0)
-    if i_t < TAPS:
-        if dtaps is not None:
-            tl.store(dtaps + o_r.to(tl.int64) * TAPS + i_t, total.to(dtaps.dtype.element_ty), m_r)
-    elif dbias is not None:
-        tl.store(dbias + o_r, total.to(dbias.dtype.element_ty), mask=m_r)
-
-
 @lru_cache(maxsize=1024)
 def plan_depthwise_conv_sums(
     shape: tuple[int, ...],
@@ -205,16 +177,5 @@ def plan_depthwise_conv_sums(
         {"num_warps": plan.warps, "num_stages": 1},
     )  # fmt: skip
     taps = kernel_size**2
-    add_up = Launch(
-        add_up_kernel,
-        (triton.cdiv(sets, COLUMNS), taps + 1),
-        (C, sets, max(1, C // sets), parts),
-        {
-            "TAPS": taps,
-            "COLUMNS": COLUMNS,
-            "AT_A_TIME": AT_A_TIME,
-            "ACC": Tiling.acc(dtype),
-        },
-        {"num_warps": 4, "num_stages": 1},
-    )
+    add_up = plan_add_up(C, sets, parts, taps, sums.constants["ACC"])
     return sums, add_up, (groups * parts, taps + 1, C)
