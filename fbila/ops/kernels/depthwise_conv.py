@@ -38,11 +38,12 @@ from .rolling_rows import (
 )
 from .tiling import Tiling
 
-# Columns of a lane, of which k - 1 more are read than written, and bytes of a thread's channels.
-# What is on its way to the registers bounds the speed, and taps and sums take most of them.
-PIXELS, BYTES = 8, {3: 4, 5: 2}
+# Columns of a lane, of which k - 1 more are read than written, and bytes of a thread's channels: of
+# x alone, and with other tensors beside it. What is on its way to the registers bounds the speed,
+# and taps and sums take most of them.
+PIXELS, BYTES, BYTES_BESIDE = 8, {3: 4, 5: 2}, 2
 # Of a program, and the most channels of one.
-THREADS, BLOCK = 128, 128
+THREADS, BLOCK = 64, 128
 # The most and, for the sake of more programs, the fewest rows of a chunk, of which k - 1 more are
 # read than written.
 ROWS, FEWEST_ROWS = 64, 8
@@ -170,13 +171,13 @@ class Lanes(NamedTuple):
     warps: int
 
     @staticmethod
-    def of(shape: tuple[int, ...], pixels: int, of_thread: int) -> "Lanes":
-        """For grids `(B, H, W, C)`: columns of a lane, and channels of a thread."""
+    def of(shape: tuple[int, ...], pixels: int, of_thread: int, threads: int) -> "Lanes":
+        """For grids `(B, H, W, C)`: columns of a lane, channels and number of threads."""
         B, H, W, C = shape
         block = block_of(C)
         strips = triton.cdiv(W, pixels)
         most = triton.next_power_of_2(B * strips * triton.cdiv(H, FEWEST_ROWS))
-        lanes = max(1, min(THREADS * of_thread // block, most))
+        lanes = max(1, min(threads * of_thread // block, most))
         programs = triton.cdiv(C, block) * triton.cdiv(B * strips, lanes)
         chunks, rows = split_rows(H, programs, ROWS, FEWEST_ROWS, PROGRAMS)
         warps = max(1, lanes * block // (32 * of_thread))
@@ -229,7 +230,8 @@ def plan_depthwise_conv(
     B, H, W, C = shape
     dtype, dtype_a = dtypes[0], dtypes[3]
     assert dtype is not None
-    plan = Lanes.of(shape, PIXELS, max(1, BYTES[kernel_size] // dtype.itemsize))
+    wide = BYTES[kernel_size] if dtype_a is None else BYTES_BESIDE
+    plan = Lanes.of(shape, PIXELS, max(1, wide // dtype.itemsize), THREADS)
     strides, unit = strides_of(shape, stride, dtype.itemsize)
     strides_a, unit_a = strides_of(shape, stride_a, dtype_a.itemsize if dtype_a else 1)
     unit_c = math.gcd(16 // dtype.itemsize, C, sets)

@@ -24,7 +24,7 @@ from .rolling_rows import load_pixels, load_row, pixels_of, place, without_first
 from .tiling import Tiling
 
 # As in `depthwise_conv.py`.
-PIXELS, BYTES = 4, {3: 8, 5: 4}
+PIXELS, BYTES, THREADS = 8, {3: 8, 5: 4}, 128
 # Two for every multiprocessor: what each of them sums has to be added up.
 PROGRAMS = 264
 
@@ -147,7 +147,7 @@ def plan_depthwise_conv_sums(
     # GELU takes registers, too.
     wide = max(dtype.itemsize, dtype_d.itemsize) * (2 if gelu else 1)
     of_thread = max(1, BYTES[kernel_size] // wide)
-    plan = Lanes.of((1, *shape[1:]), PIXELS, of_thread)
+    plan = Lanes.of((1, *shape[1:]), PIXELS, of_thread, THREADS)
     strides, unit = strides_of(shape, stride, dtype.itemsize)
     strides_d, unit_d = strides_of(shape, stride_d, dtype_d.itemsize)
     unit_c = math.gcd(16 // max(dtype.itemsize, dtype_d.itemsize), C)
