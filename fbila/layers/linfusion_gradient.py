@@ -159,14 +159,14 @@ class LinFusionLayer(torch.autograd.Function):
         torch.bmm(ds.mT, h, out=d.second)
         torch.sum(ds, 1, out=d.second_bias)
         dh = torch.bmm(ds, w.second)
-        dy, dnorms = launch_grad_norm(dh, y, *norms, norm_eps, slope)
+        dy, *dnorms = launch_grad_norm(dh, y, *norms, norm_eps, slope)
         torch.bmm(dy.mT, rows.expand_as(s), out=d.first)
         torch.sum(dy, 1, out=d.first_bias)
         dx = ds[0] + ds[1]
         dx.addmm_(dy[0], w.first[0]).addmm_(dy[1], w.first[1]).addmm_(dv, w.value)
         # One cast for all; every parameter's gradient is a part of it.
         dparameters = unflatten(dflat.to(ctx.dtype), parts)
-        return dx.view(shape), None, *dparameters, *dnorms.flatten(0, 1).unbind()
+        return dx.view(shape), None, *dparameters, *[part for t in dnorms for part in t.unbind()]
 
 
 def _rows(x: Tensor, like: Tensor) -> Tensor:

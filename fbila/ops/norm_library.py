@@ -5,8 +5,7 @@ sets of rows is normalised over D and has its own weight and bias, which may be 
 the gradient x alone is kept. A kernel on CUDA, PyTorch elsewhere.
 
 `fbila::layer_norm`: x `(..., D)`, weight and bias `(D,)` or None -> `(..., D)` in x's dtype or
-another, by the same kernel. It has a gradient of x, for which x and weight are kept; weight and
-bias must be frozen.
+another, by the same kernel. For the gradients x, weight and bias are kept, and nothing else.
 """
 
 from collections.abc import Callable
@@ -19,7 +18,6 @@ from .autograd import (
     direct,
     needs_gradient,
     refuse_second_derivative,
-    require_frozen,
 )
 from .inlining import inline
 from .library import LIBRARY, sum_dtype
@@ -31,7 +29,10 @@ LIBRARY.define(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType? dtype=None) "
     "-> Tensor"
 )
-LIBRARY.define("layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, float eps) -> Tensor")
+LIBRARY.define(
+    "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, float eps, "
+    "bool[3] needs_grad) -> (Tensor, Tensor, Tensor)"
+)
 LIBRARY.define(
     f"layer_norm_leaky_relu_backward(Tensor dy, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
 )
@@ -72,23 +73,42 @@ def plain_in_pytorch(x, weight, bias, eps, dtype=None):
     return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps).to(dtype or x.dtype)
 
 
-def plain_backward_in_kernel(dy, x, weight, eps):
-    from .kernels.norm_backward import plan_grad_layer_norm
+def empty_gradients(dy, x, weight, bias, eps, needs_grad):
+    """Of x, weight and bias, uninitialised; without elements where none is wanted."""
+    return tuple(
+        [
+            x.new_empty(t.shape, dtype=t.dtype) if needed and t is not None else x.new_empty(0)
+            for t, needed in zip((x, weight, bias), needs_grad, strict=True)
+        ]
+    )
 
+
+def plain_backward_in_kernel(dy, x, weight, bias, eps, needs_grad):
+    from .kernels.norm_backward import plan_grad_layer_norm, run
+
+    gradients = empty_gradients(dy, x, weight, bias, eps, needs_grad)
+    if not x.numel():
+        return tuple([t.zero_() for t in gradients])
     (weight,) = beside(x, x.shape[-1:], weight)
     x, dy = x.contiguous(), dy.contiguous()
-    dx = torch.empty_like(x)
-    if dx.numel():
-        others = dtypes_of(dy, weight, None)
-        plan_grad_layer_norm(x.shape, x.dtype, others, eps)(x, dy, weight, None, dx, None)
-    return dx
+    wanted = [t if t.numel() else None for t in gradients]
+    others = dtypes_of(dy, weight, None, *wanted)
+    run(plan_grad_layer_norm(x.shape, x.dtype, others, eps), x, dy, weight, None, *wanted)
+    return gradients
 
 
-def plain_backward_in_pytorch(dy, x, weight, eps):
+def plain_backward_in_pytorch(dy, x, weight, bias, eps, needs_grad):
+    gradients = empty_gradients(dy, x, weight, bias, eps, needs_grad)
     wide = sum_dtype(x)
     h, r = normalized(x, eps)
-    dh = dy.to(wide) if weight is None else dy.to(wide) * weight
-    return grad_by_row(dh, h, r).to(x.dtype)
+    dz = dy.to(wide)
+    dx = grad_by_row(dz if weight is None else dz * weight, h, r)
+    rows = tuple(range(x.ndim - 1))
+    found = dx, (dz * h).sum(rows), dz.sum(rows)
+    for gradient, t in zip(gradients, found, strict=True):
+        if gradient.numel():
+            gradient.copy_(t)
+    return gradients
 
 
 def normalized(x, eps):
@@ -108,9 +128,7 @@ def backward_in_kernel(dy, x, weight, bias, eps, slope):
     if x.numel() == 0:
         return x.new_empty(x.shape), torch.zeros_like(weight), torch.zeros_like(bias)
     x, dy = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, dy))
-    dx, sums = launch_grad_norm(dy, x, weight.contiguous(), bias.contiguous(), eps, slope)
-    # An op's outputs may not share memory, and begin where theirs does.
-    return dx, sums[0].clone(), sums[1].clone()
+    return launch_grad_norm(dy, x, weight.contiguous(), bias.contiguous(), eps, slope)
 
 
 def backward_in_pytorch(dy, x, weight, bias, eps, slope):
@@ -158,7 +176,7 @@ class LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, dtype):
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, bias)
         ctx.eps = eps
         if direct(x, weight, bias):
             return plain_in_kernel(x, weight, bias, eps, dtype)
@@ -167,14 +185,16 @@ class LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        unseen = not torch.is_grad_enabled() and direct(dy, x, weight)
+        tensors = ctx.saved_tensors
+        needed = list(ctx.needs_input_grad[:3])
+        unseen = not torch.is_grad_enabled() and direct(dy, *tensors)
         run = plain_backward_in_kernel if unseen else torch.ops.fbila.layer_norm_backward
-        return run(dy, x, weight, ctx.eps), None, None, None, None
+        gradients = run(dy, *tensors, ctx.eps, needed)
+        found = [t if want else None for t, want in zip(gradients, needed, strict=True)]
+        return (*found, None, None)
 
 
 def plain_differentiable(x, weight, bias, eps, dtype=None):
-    require_frozen("layer_norm", weight, bias)
     return LayerNorm.apply(x, weight, bias, eps, dtype)
 
 
@@ -184,11 +204,7 @@ differentiable_by("layer_norm", plain_differentiable, plain_in_kernel)
 LIBRARY.impl("layer_norm_backward", plain_backward_in_kernel, "CUDA")
 LIBRARY.impl("layer_norm_backward", plain_backward_in_pytorch, "CPU")
 refuse_second_derivative("layer_norm_backward", "layer_norm", "Use PyTorch's own for that.")
-
-
-@torch.library.register_fake("fbila::layer_norm_backward", lib=LIBRARY)
-def _(dy, x, weight, eps):
-    return x.new_empty(x.shape)
+torch.library.register_fake("fbila::layer_norm_backward", empty_gradients, lib=LIBRARY)
 
 
 @torch.library.register_fake("fbila::layer_norm", lib=LIBRARY)

@@ -116,7 +116,10 @@ def calls():
         for name, kept in (("", x), (" of float32", x.float())):
             yield (
                 f"gradient of layer_norm {D}{name}",
-                partial(norm_library.plain_backward_in_kernel, x, kept, channel, 1e-5),
+                partial(
+                    norm_library.plain_backward_in_kernel,
+                    *(x, kept, channel, channel, 1e-5, [True, False, False]),
+                ),
             )
         # Of queries and of keys, side by side.
         pair = planes(256, 2 * D).as_strided((2, 256, D), (D, 2 * D, 1))
@@ -128,6 +131,23 @@ def calls():
                 torch.zeros_like(arguments[0]), *arguments
             ),
         )
+    # In training, as it is and under autocast, which answers in float32 but for linear maps.
+    for D in (64, 96, 128, 512, 768):
+        x, weight = planes(64, 784, D), planes(D)
+        for kind, dy, kept in (
+            ("bfloat16", x, weight),
+            ("autocast", x.float(), weight.float()),
+            ("for maps", x, weight.float()),
+            ("float32", x.float(), weight.float()),
+        ):
+            read = x.float() if kind == "float32" else x
+            yield (
+                f"all gradients of layer_norm {D} {kind}",
+                partial(
+                    norm_library.plain_backward_in_kernel,
+                    *(dy, read, kept, kept, 1e-5, [True] * 3),
+                ),
+            )
     for D in (512, 2240):
         x, channel = planes(2, 256, D), planes(D)
         for name, weight in (("", channel), (" of float32 weights", channel.float())):

@@ -101,6 +101,20 @@ def test_a_warp_of_narrow_rows_has_the_next_ones_on_their_way(kernels):
         assert kernel.get("registers", 0) <= (128 if sixteen else 96), name
 
 
+def test_gradients_of_norms_have_the_next_rows_on_their_way_and_their_programs_room(kernels):
+    found = {n: k for n, k in kernels.items() if n.endswith(": grad_norm_kernel")}
+    assert len(found) == 3 * 3 + 5 * 4
+    for name, kernel in found.items():
+        summed = "all" in name or "two norms" in name
+        # Two tensors, and the sums of weight and bias.
+        assert kernel["carried"] == [4 if summed else 2], name
+        if "all" in name:
+            D, short = int(name.split()[4]), "bfloat16" in name or "for maps" in name
+            # Two, four or three programs of 128 threads on a multiprocessor.
+            most = 255 if D > 512 else 128 if short and D & (D - 1) == 0 else 168
+            assert kernel.get("registers", 0) <= most, name
+
+
 def test_a_row_of_the_separable_convolution_is_loaded_once_for_all_taps(kernels):
     """Ahead of the first one, and in either loop."""
     found = {name: kernel for name, kernel in kernels.items() if "separable_conv" in name}
