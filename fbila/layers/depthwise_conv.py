@@ -49,15 +49,16 @@ class DepthwiseConv2d(nn.Conv2d):
         self,
         x: Tensor,
         addend: Tensor | None = None,
+        gate: Tensor | None = None,
         residual: bool = False,
         gelu: bool = False,
         silu: bool = False,
     ) -> Tensor:
-        """`act(conv(f(x)) + addend + f(x))`, of which the last two may be missing.
+        """`act(conv(f(x)) + addend + f(x)) * gate`, of which the last three may be missing.
 
         Args:
             x: `(B, C, H, W)`.
-            addend: Of the same shape; None for nothing.
+            addend, gate: Of the same shape; None for nothing.
             residual: Whether to add `f(x)`.
             gelu: Whether f is GELU; the identity otherwise.
             silu: Whether act is SiLU; the identity otherwise.
@@ -66,12 +67,14 @@ class DepthwiseConv2d(nn.Conv2d):
             `(B, C, H, W)`, in channels_last if x is.
         """
         if x.dim() == 4 and x.stride(1) == 1:
-            other = None if addend is None else addend.permute(0, 2, 3, 1)
-            options = {"residual": residual, "gelu": gelu, "silu": silu}
-            y = depthwise_conv(x.permute(0, 2, 3, 1), self.weight, self.bias, other, **options)
+            addend, gate = (None if t is None else t.permute(0, 2, 3, 1) for t in (addend, gate))
+            options: dict[str, Any] = {"residual": residual, "gelu": gelu, "silu": silu}
+            tensors = (x.permute(0, 2, 3, 1), self.weight, self.bias, addend, gate)
+            y = depthwise_conv(*tensors, **options)
             return y.permute(0, 3, 1, 2)
         x = F.gelu(x) if gelu else x
         y = super().forward(x)
         y = x + y if residual else y
         y = y if addend is None else addend + y
-        return F.silu(y) if silu else y
+        y = F.silu(y) if silu else y
+        return y if gate is None else y * gate

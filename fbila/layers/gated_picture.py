@@ -62,8 +62,7 @@ class GatedPictureAttention(nn.Module):
         out = self.mix(q, k, v, self.rope(H, W, x) if rotary is None else rotary)
         values, gate = (as_grid(part, H, W) for part in parts[2:])
         # A view likewise: the operators answer in the memory order of q.
-        out = self.lepe(values, out.mT.flatten(1, 2).unflatten(2, (H, W)))
-        return self.proj(out * gate)
+        return self.proj(self.lepe(values, out.mT.flatten(1, 2).unflatten(2, (H, W)), gate))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, rotary: Any) -> Tensor:
         """`(B, heads, N, d)` of q, k and v of that shape."""

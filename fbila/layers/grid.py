@@ -82,7 +82,9 @@ def _resizing(length: int, to: int, dtype: torch.dtype, device: torch.device) ->
     return F.interpolate(one_each, (length, to), mode="bicubic", antialias=True)[0, 0]
 
 
-def add_local_mixing(out: Tensor, conv: nn.Conv2d, v: Tensor, H: int, W: int) -> Tensor:
+def add_local_mixing(
+    out: Tensor, conv: nn.Conv2d, v: Tensor, H: int, W: int, gate: Tensor | None = None
+) -> Tensor:
     """out `(B, N, C)` and a depthwise convolution of the values `(B, M, C)` over the grid.
 
     Where there are fewer values than tokens they are first interpolated along the tokens, as if
@@ -94,8 +96,10 @@ def add_local_mixing(out: Tensor, conv: nn.Conv2d, v: Tensor, H: int, W: int) ->
         v: The values.
         H: Rows.
         W: Columns.
+        gate: What the sum is multiplied by, `(B, N, C)`; None for nothing.
     """
     if v.shape[1] != H * W:
         v = F.interpolate(v.transpose(1, 2), size=H * W, mode="linear").transpose(1, 2)
     grid, addend = (x.unflatten(1, (H, W)) for x in (v, out))
-    return depthwise_conv(grid, conv.weight, conv.bias, addend).flatten(1, 2)
+    gate = None if gate is None else gate.unflatten(1, (H, W))
+    return depthwise_conv(grid, conv.weight, conv.bias, addend, gate).flatten(1, 2)

@@ -142,8 +142,7 @@ class PolaLinearAttention(nn.Module):
             heads_of(v, self.num_heads),
             positions[0].unflatten(-1, (self.num_heads, -1)),
         )
-        out = add_local_mixing(out, self.dwc, v, H, W)
-        return self.proj_drop(self.proj(out * gate))
+        return self.proj_drop(self.proj(add_local_mixing(out, self.dwc, v, H, W, gate)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None = None) -> Tensor:
         """o, `(B, N, C)`, of q `(B, heads, N, d)`, k and v `(B, heads, M, d)`.

@@ -101,8 +101,8 @@ class PolaPPAttention(nn.Module):
         q, k, v, gate = self.qkvg(x).chunk(4, -1)
         heads = self.num_heads
         out = self.attend(heads_of(q, heads), heads_of(k, heads), heads_of(v, heads), rotary)
-        out = as_tokens(self.lepe(as_grid(v, H, W), as_grid(out, H, W)))
-        return self.proj(out * gate)
+        v, out, gate = (as_grid(part, H, W) for part in (v, out, gate))
+        return self.proj(as_tokens(self.lepe(v, out, gate)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rotary: Any) -> Tensor:
         """o, `(B, N, C)`, of q, k and v `(B, heads, N, d)`."""

@@ -1,16 +1,17 @@
 """A depthwise convolution of tokens on a grid, and what is around it, as a torch.library op.
 
-    y = act(taps * f(x) + bias + other),        other: addend, f(x) or nothing
+    y = act(taps * f(x) + bias + other) gate        other: addend, f(x) or nothing
 
 `fbila::depthwise_conv`: x `(B, H, W, C)`, weight `(T, 1, k, k)` with an odd k, bias `(T,)` or None,
-addend `(B, H, W, C)` or None; T is C, or the channels of one head, whose taps all heads share, or
+addend and gate `(B, H, W, C)` or None; T is C, or the channels of one head, whose taps all heads share, or
 B C, where each sample has taps of its own. There are zeros around x. Of the options `gelu` says
 what f is, the identity or GELU, `silu` what act is, the identity or SiLU, and `residual` adds f(x).
-y has the shape of x, in the wider dtype of x and addend. x and addend are read in place where
-their channels are contiguous.
+y has the shape of x, in the widest dtype of x, addend and gate. These are read in place where their
+channels are contiguous.
 
 Local position encodings and the local branches beside linear attention are of this kind. It is
-differentiable by all tensors, but not with SiLU of an addend; of what it computes it keeps nothing.
+differentiable by all tensors, but not with SiLU of an addend; of what it computes it keeps nothing:
+the gradient by the gate is the same function, with the gradient of y for a gate.
 A kernel on CUDA for k = 3 and 5, PyTorch elsewhere.
 """
 
@@ -28,7 +29,8 @@ KERNEL_SIZES = (3, 5)
 
 _OPTIONS = "bool residual, bool gelu, bool silu"
 LIBRARY.define(
-    f"depthwise_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? addend, {_OPTIONS}) -> Tensor"
+    "depthwise_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? addend, Tensor? gate, "
+    f"{_OPTIONS}) -> Tensor"
 )
 LIBRARY.define(
     "depthwise_conv_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, "
@@ -36,7 +38,7 @@ LIBRARY.define(
 )
 
 
-def empty_result(x, weight, bias, addend, *options):
+def empty_result(x, weight, bias, addend, gate, *options):
     """y, uninitialised.
 
     Raises:
@@ -52,15 +54,16 @@ def empty_result(x, weight, bias, addend, *options):
         )
     if bias is not None and bias.shape != (T,):
         raise ValueError(f"bias must be ({T},) as weight has {T} rows, got {list(bias.shape)}.")
-    if addend is not None and addend.shape != x.shape:
-        raise ValueError(
-            f"addend must have the shape of x, {list(x.shape)}, got {list(addend.shape)}."
-        )
-    return x.new_empty(x.shape, dtype=None if addend is None else wider(x, addend))
-
-
-def wider(x: torch.Tensor, y: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, y.dtype)
+    dtype = x.dtype
+    for name, t in (("addend", addend), ("gate", gate)):
+        if t is None:
+            continue
+        if t.shape != x.shape:
+            raise ValueError(
+                f"{name} must have the shape of x, {list(x.shape)}, got {list(t.shape)}."
+            )
+        dtype = torch.promote_types(dtype, t.dtype)
+    return x.new_empty(x.shape, dtype=dtype)
 
 
 def beside(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -70,44 +73,46 @@ def beside(x: torch.Tensor | None) -> torch.Tensor | None:
     return x.contiguous()
 
 
-def in_kernel(x, weight, bias, addend, residual, gelu, silu):
-    y = empty_result(x, weight, bias, addend)
+def in_kernel(x, weight, bias, addend, gate, residual, gelu, silu):
+    y = empty_result(x, weight, bias, addend, gate)
     if not y.numel():
         return y
     if weight.shape[-1] not in KERNEL_SIZES:
-        return y.copy_(formula(x, weight, bias, addend, residual, gelu, silu))
-    run(y, x, weight, bias, addend, residual=residual, gelu=gelu, end="silu" if silu else "")
+        return y.copy_(formula(x, weight, bias, addend, gate, residual, gelu, silu))
+    end = "silu" if silu else ""
+    run(y, x, weight, bias, addend, gate, residual=residual, gelu=gelu, end=end)
     return y
 
 
-def run(y, x, weight, bias, other, **options):
+def run(y, x, weight, bias, other, gate=None, **options):
     """Fill y, as `kernels/depthwise_conv.py` says."""
     from .kernels.depthwise_conv import plan_depthwise_conv
 
-    x, other = beside(x), beside(other)
+    x, other, gate = beside(x), beside(other), beside(gate)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    stride = None if other is None else other.stride()
-    dtypes = dtypes_of(x, weight, bias, other, y)
+    strides = [None if t is None else t.stride() for t in (other, gate)]
+    dtypes = dtypes_of(x, weight, bias, other, gate, y)
     plan_depthwise_conv(
-        x.shape, x.stride(), stride, weight.shape[-1], len(weight), dtypes, **options
-    )(x, weight, bias, other, y)
+        x.shape, x.stride(), *strides, weight.shape[-1], len(weight), dtypes, **options
+    )(x, weight, bias, other, gate, y)
 
 
-def in_pytorch(x, weight, bias, addend, residual, gelu, silu):
-    y = empty_result(x, weight, bias, addend)
+def in_pytorch(x, weight, bias, addend, gate, *options):
+    y = empty_result(x, weight, bias, addend, gate)
     if not y.numel():
         return y
-    return y.copy_(formula(x, weight, bias, addend, residual, gelu, silu))
+    return y.copy_(formula(x, weight, bias, addend, gate, *options))
 
 
-def formula(x, weight, bias, addend, residual, gelu, silu):
+def formula(x, weight, bias, addend, gate, residual, gelu, silu):
     wide = sum_dtype(x)
     with without_autocast(x):
         f = F.gelu(x.to(wide)) if gelu else x.to(wide)
         y = convolution(f, weight.to(wide), None if bias is None else bias.to(wide))
         y = y + f if residual else y
         y = y if addend is None else y + addend
-        return F.silu(y) if silu else y
+        y = F.silu(y) if silu else y
+        return y if gate is None else y * gate
 
 
 def convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -207,32 +212,38 @@ def gelu_slope(x: torch.Tensor) -> torch.Tensor:
 
 
 class DepthwiseConv(torch.autograd.Function):
-    """`fbila::depthwise_conv` and its gradients; it keeps x, weight and bias alone."""
+    """`fbila::depthwise_conv` and its gradients; it keeps its inputs alone."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, addend, *options):
+    def forward(ctx, x, weight, bias, addend, gate, *options):
         if options[2] and addend is not None and any(ctx.needs_input_grad):
             raise NotImplementedError("depthwise_conv with SiLU of an addend has no gradient.")
-        ctx.save_for_backward(x, weight, bias)
+        ctx.save_for_backward(x, weight, bias, addend if ctx.needs_input_grad[4] else None, gate)
         ctx.options, ctx.addend = options, None if addend is None else addend.dtype
-        if direct(x, weight, bias, addend):
-            return in_kernel(x, weight, bias, addend, *options)
+        if direct(x, weight, bias, addend, gate):
+            return in_kernel(x, weight, bias, addend, gate, *options)
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.fbila.depthwise_conv(x, weight, bias, addend, *options)
+            return torch.ops.fbila.depthwise_conv(x, weight, bias, addend, gate, *options)
 
     @staticmethod
     def backward(ctx, dy):
-        tensors = ctx.saved_tensors
+        *tensors, addend, gate = ctx.saved_tensors
         needed = list(ctx.needs_input_grad[:3])
+        # With gradients enabled, gradients of gradients are wanted, which the backward op refuses.
+        unseen = not torch.is_grad_enabled() and direct(dy, *tensors, addend, gate)
+        dgate = None
+        if ctx.needs_input_grad[4]:
+            run = in_kernel if unseen else torch.ops.fbila.depthwise_conv
+            dgate = run(*tensors, addend, dy, *ctx.options).to(gate.dtype)
+        if gate is not None and any(ctx.needs_input_grad[:4]):
+            dy = dy * gate
         gradients = (None, None, None)
         if any(needed):
-            # With gradients enabled, gradients of gradients are wanted, which the op refuses.
-            unseen = not torch.is_grad_enabled() and direct(dy, *tensors)
             run = backward_in_kernel if unseen else torch.ops.fbila.depthwise_conv_backward
             gradients = run(dy, *tensors, *ctx.options, needed)
         daddend = dy.to(ctx.addend) if ctx.needs_input_grad[3] else None
         found = [t if want else None for t, want in zip(gradients, needed, strict=True)]
-        return (*found, daddend, None, None, None)
+        return (*found, daddend, dgate, None, None, None)
 
 
 LIBRARY.impl("depthwise_conv", in_kernel, "CUDA")
@@ -251,6 +262,7 @@ def depthwise_conv(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     addend: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
     *,
     residual: bool = False,
     gelu: bool = False,
@@ -261,7 +273,7 @@ def depthwise_conv(
     Under autocast the convolution alone is of the lower precision, as PyTorch's own.
     """
     (narrow,) = cast_for_autocast(x)
-    wanted = needs_gradient(x, weight, bias, addend)
+    wanted = needs_gradient(x, weight, bias, addend, gate)
     # What no kernel is for: f(x) of another precision than the convolution, and a gradient.
     apart = (gelu or residual) and narrow.dtype != x.dtype
     apart = apart or (silu and addend is not None and wanted)
@@ -270,9 +282,10 @@ def depthwise_conv(
         y = (depthwise_conv if x.is_cuda else convolution)(f, weight, bias)
         y = f + y if residual else y
         y = y if addend is None else addend + y
-        return F.silu(y) if silu else y
+        y = F.silu(y) if silu else y
+        return y if gate is None else y * gate
     x, options = narrow, (residual, gelu, silu)
-    if not direct(x, weight, bias, addend):
-        return torch.ops.fbila.depthwise_conv(x, weight, bias, addend, *options)
+    if not direct(x, weight, bias, addend, gate):
+        return torch.ops.fbila.depthwise_conv(x, weight, bias, addend, gate, *options)
     run = DepthwiseConv.apply if wanted else in_kernel
-    return run(x, weight, bias, addend, *options)
+    return run(x, weight, bias, addend, gate, *options)

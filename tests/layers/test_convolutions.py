@@ -34,15 +34,18 @@ def assert_it_is(ours, stock, x, call):
 @pytest.mark.parametrize("side", [3, 5, 7])
 @pytest.mark.parametrize("gelu, silu", [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("added", ["nothing", "itself", "another"])
-def test_depthwise(added, gelu, silu, side, order):
+@pytest.mark.parametrize("gated", [False, True])
+def test_depthwise(gated, added, gelu, silu, side, order):
     def call(module, x):
         addend = picture(order, seed=1) if added == "another" else None
+        gate = picture(order, seed=2) if gated else None
         if type(module) is DepthwiseConv2d:
-            return module(x, addend, residual=added == "itself", gelu=gelu, silu=silu)
+            return module(x, addend, gate, residual=added == "itself", gelu=gelu, silu=silu)
         x = F.gelu(x) if gelu else x
         addend = x if added == "itself" else addend
         y = module(x) if addend is None else addend + module(x)
-        return F.silu(y) if silu else y
+        y = F.silu(y) if silu else y
+        return y * gate if gated else y
 
     kwargs = {"device": DEVICE, "dtype": torch.float64}
     stock = nn.Conv2d(6, 6, side, padding=side // 2, groups=6, **kwargs)
@@ -72,3 +75,6 @@ def test_autocast_casts_the_picture_alone():
         for y in (module(x, x), module(x, residual=True)):
             assert y.dtype == torch.float32
             torch.testing.assert_close(y, expected, rtol=1e-2, atol=2e-2)
+        for y in (module(x, x, x), module(x, gate=x, residual=True)):
+            assert y.dtype == torch.float32
+            torch.testing.assert_close(y, expected * x, rtol=1e-2, atol=5e-2)

@@ -54,7 +54,10 @@ def pictures(dtype: torch.dtype):
             for side in (3, 5):
                 taps = torch.randn(C, 1, side, side, device="cuda", dtype=dtype)
                 leaves = [t.detach().requires_grad_() for t in (leaves[0], taps, bias)]
-                y = depthwise_conv(*leaves, residual=True, gelu=True, silu=True)
+                leaves.append(leaves[0].detach().requires_grad_())
+                y = depthwise_conv(*leaves, leaves[3])
+                yield f"depthwise_conv {side} with an addend and a gate {name}", y
+                y = depthwise_conv(*leaves[:3], gate=leaves[3], residual=True, gelu=True, silu=True)
                 yield f"depthwise_conv {side} {name}", y
                 for gradient in torch.autograd.grad(y, leaves, torch.full_like(y, 1 / 64)):
                     yield f"gradient of depthwise_conv {side} {name}", gradient

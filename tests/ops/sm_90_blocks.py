@@ -165,7 +165,11 @@ def calls():
             y, taps, bias = planes(64, side, side, C).to(dtype), planes(C, 1, k, k), planes(C)
             yield (
                 f"depthwise_conv {C} {k} {dtype}",
-                partial(depthwise_conv_library.in_kernel, x, taps, bias, y, *[False] * 3),
+                partial(depthwise_conv_library.in_kernel, x, taps, bias, y, None, *[False] * 3),
+            )
+            yield (
+                f"depthwise_conv with a gate {C} {k} {dtype}",
+                partial(depthwise_conv_library.in_kernel, x, taps, bias, y, x, *[False] * 3),
             )
             yield (
                 f"gradient of depthwise_conv {C} {k} {dtype}",
@@ -177,7 +181,7 @@ def calls():
             # f is GELU, act is SiLU.
             yield (
                 f"curved depthwise_conv {C} {k} {dtype}",
-                partial(depthwise_conv_library.in_kernel, x, taps, bias, None, *[True] * 3),
+                partial(depthwise_conv_library.in_kernel, x, taps, bias, None, None, *[True] * 3),
             )
             yield (
                 f"gradient of curved depthwise_conv {C} {k} {dtype}",

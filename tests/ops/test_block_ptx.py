@@ -149,7 +149,7 @@ def test_signed_maps_leave_room_for_three_programs(kernels):
 def test_a_depthwise_convolution_loads_a_pixel_once_for_a_row_of_taps(kernels):
     """And its sums keep the rows that they need: see the gated convolution's."""
     found = {name: kernel for name, kernel in kernels.items() if "depthwise_conv" in name}
-    assert len(found) == 3 * 2 * 8
+    assert len(found) == 3 * 2 * 9
     for name, kernel in found.items():
         case, function = name.split(": ")
         k, accesses = int(case.split()[-2]), kernel["accesses"]
@@ -160,8 +160,9 @@ def test_a_depthwise_convolution_loads_a_pixel_once_for_a_row_of_taps(kernels):
             size = 4 if (k == 3 and alone) or "float32" in name else 2
             assert accesses["x"] == 3 * (8 + k - 1) * [size], name
             assert set(accesses["y"]) == {size}, name
-            # Six programs of 64 threads on a multiprocessor.
-            assert kernel.get("registers", 0) <= 168, name
+            # Six programs of 64 threads on a multiprocessor, or five.
+            five = "with a gate" in name and k == 5 and "float32" in name
+            assert kernel.get("registers", 0) <= (200 if five else 168), name
         elif function == "depthwise_conv_sums_kernel":
             # In more bytes of a pixel: taps are not there, but sums of them.
             size, row = 8 if k == 3 else 4, 8 + k - 1

@@ -1,5 +1,7 @@
 """A depthwise convolution of tokens and what is added to it, against PyTorch in float64."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,8 +39,15 @@ def problem(shape, dtype, side=3, sets=None, kept=None):
     return x, weight, draw(sets, dtype=kept, seed=2), draw(*shape, dtype=dtype, seed=3)
 
 
-def exact(x, weight, bias=None, addend=None, residual=False, gelu=False, silu=False):
-    x, weight, bias, addend = (None if t is None else t.double() for t in (x, weight, bias, addend))
+def gate_of(x):
+    """A part of another projection."""
+    B, H, W, C = x.shape
+    return draw(B, H, W, 4 * C, dtype=x.dtype, seed=5)[..., 3 * C :]
+
+
+def exact(x, weight, bias=None, addend=None, gate=None, residual=False, gelu=False, silu=False):
+    tensors = (x, weight, bias, addend, gate)
+    x, weight, bias, addend, gate = (None if t is None else t.double() for t in tensors)
     x = F.gelu(x) if gelu else x
     B, H, W, C = x.shape
     if len(weight) <= C:
@@ -49,7 +58,8 @@ def exact(x, weight, bias=None, addend=None, residual=False, gelu=False, silu=Fa
     y = y.view(B, C, H, W).permute(0, 2, 3, 1)
     y = y + x if residual else y
     y = y if addend is None else y + addend
-    return F.silu(y) if silu else y
+    y = F.silu(y) if silu else y
+    return y if gate is None else y * gate
 
 
 def assert_near(actual, expected, factor=1):
@@ -69,9 +79,10 @@ def sets_of(kind, shape):
 @each_function
 def test_it_is_exact(function, shape, side, dtype):
     x, weight, bias, addend = problem(shape, dtype, side)
-    y = function(x, weight, bias, addend, *PLAIN)
-    assert y.dtype == dtype and y.is_contiguous()
-    assert_near(y, exact(x, weight, bias, addend))
+    for gate in (None, gate_of(x)):
+        y = function(x, weight, bias, addend, gate, *PLAIN)
+        assert y.dtype == dtype and y.is_contiguous()
+        assert_near(y, exact(x, weight, bias, addend, gate))
 
 
 @pytest.mark.parametrize("kind", ["channels", "a head", "samples"])
@@ -79,8 +90,8 @@ def test_it_is_exact(function, shape, side, dtype):
 def test_who_has_taps_of_its_own(function, kind):
     shape = (3, 9, 5, 40)
     x, weight, bias, _ = problem(shape, torch.float32, sets=sets_of(kind, shape))
-    assert_near(function(x, weight, None, None, *PLAIN), exact(x, weight))
-    assert_near(function(x, weight, bias, x, *PLAIN), exact(x, weight, bias, x))
+    assert_near(function(x, weight, None, None, None, *PLAIN), exact(x, weight))
+    assert_near(function(x, weight, bias, x, x, *PLAIN), exact(x, weight, bias, x, x))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -88,27 +99,38 @@ def test_who_has_taps_of_its_own(function, kind):
 @each_function
 def test_options(function, dtype, options):
     x, weight, bias, addend = problem((2, 9, 5, 8), dtype)
-    assert_near(function(x, weight, bias, None, *options), exact(x, weight, bias, None, *options))
-    found = function(x, weight, bias, addend, *options)
-    assert_near(found, exact(x, weight, bias, addend, *options))
+    for others in itertools.product((None, addend), (None, gate_of(x))):
+        found = function(x, weight, bias, *others, *options)
+        assert_near(found, exact(x, weight, bias, *others, *options))
 
 
 @each_function
-def test_the_addend_may_be_wider(function):
+def test_what_is_beside_may_be_wider(function):
     x, weight, bias, addend = problem((2, 5, 7, 8), torch.float16)
-    addend = addend.float() / 3
-    y = function(x, weight.float(), bias.float(), addend, *PLAIN)
-    assert y.dtype == torch.float32
-    assert_near(y, exact(x, weight, bias, addend))
+    gate = gate_of(x)
+    for others in ((addend.float() / 3, gate), (addend, gate.float() / 3), (None, gate.float())):
+        y = function(x, weight.float(), bias.float(), *others, *PLAIN)
+        assert y.dtype == torch.float32
+        assert_near(y, exact(x, weight, bias, *others))
 
 
 @each_function
 def test_any_strides(function):
     x, weight, bias, addend = problem((2, 5, 7, 8), torch.float32)
-    expected = exact(x, weight, bias, addend)
-    x = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-    addend = addend.transpose(1, 2).contiguous().transpose(1, 2)
-    assert_near(function(x, weight, bias, addend, *PLAIN), expected)
+
+    def turned(t):
+        return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def planes(t):
+        return t.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+
+    gate = gate_of(x)
+    expected = exact(x, weight, bias, addend, gate)
+    for first, second in ((turned, planes), (planes, turned)):
+        arguments = (planes(x), weight, bias, first(addend), second(gate))
+        assert_near(function(*arguments, *PLAIN), expected)
+    one = gate[:, :1, :1].expand(x.shape)
+    assert_near(function(x, weight, None, None, one, *PLAIN), exact(x, weight, gate=one))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
@@ -133,7 +155,7 @@ def test_gradients_are_exact(function, kind, side, dtype):
 def test_gradients_with_options(function, dtype, options):
     x, weight, bias, dy = problem((2, 9, 5, 3), dtype)
     leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
-    expected = torch.autograd.grad(exact(*leaves, None, *options), leaves, dy.double())
+    expected = torch.autograd.grad(exact(*leaves, None, None, *options), leaves, dy.double())
     # With SiLU the gradient of what is in it is rounded as well.
     for found, wanted in zip(function(dy, x, weight, bias, *options, ALL), expected, strict=True):
         assert_near(found, wanted, 4)
@@ -145,7 +167,7 @@ def test_gradients_of_a_sum_with_x(function, shape):
     x, weight, bias, dy = problem(shape, torch.float32)
     options = (True, False, False)
     leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
-    expected = torch.autograd.grad(exact(*leaves, None, *options), leaves, dy.double())
+    expected = torch.autograd.grad(exact(*leaves, None, None, *options), leaves, dy.double())
     for found, wanted in zip(function(dy, x, weight, bias, *options, ALL), expected, strict=True):
         assert_near(found, wanted, 2)
 
@@ -161,28 +183,67 @@ def test_only_what_is_wanted_is_made(function, needed):
         assert torch.equal(found, expected) if want else found.numel() == 0
 
 
-@pytest.mark.parametrize("options", [PLAIN, *OPTIONS], ids=str)
-@pytest.mark.parametrize("added", [False, True])
-def test_autograd(added, options):
-    x, weight, bias, addend = problem((2, 5, 7, 8), torch.float64)
-    tensors = [t.detach().requires_grad_() for t in (x, weight, bias, addend)][: 3 + added]
-    named = dict(zip(("residual", "gelu", "silu"), options, strict=True))
-    y = depthwise_conv(*tensors, **named)
-    expected = exact(*tensors, **named)
+def assert_gradients(function, *tensors, options=PLAIN):
+    """tensors: x, weight, bias, addend and gate, of which the last two may be missing."""
+    tensors = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    y, expected = function(*tensors, *options), exact(*tensors, *options)
     assert_near(y, expected)
     dy = draw(*y.shape, dtype=y.dtype, seed=4)
-    wanted = torch.autograd.grad(expected, tensors, dy)
-    for found, exactly in zip(torch.autograd.grad(y, tensors, dy), wanted, strict=True):
-        assert_near(found, exactly)
+    leaves = [t for t in tensors if t is not None]
+    wanted = torch.autograd.grad(expected, leaves, dy.double())
+    for leaf, found, exactly in zip(
+        leaves, torch.autograd.grad(y, leaves, dy), wanted, strict=True
+    ):
+        assert found.dtype == leaf.dtype
+        # What is between is rounded as well.
+        assert_near(found, exactly, 4)
+
+
+@pytest.mark.parametrize("options", [PLAIN, *OPTIONS], ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+def test_autograd(added, gated, options):
+    def function(x, weight, bias, addend, gate, *options):
+        named = dict(zip(("residual", "gelu", "silu"), options, strict=True))
+        return depthwise_conv(x, weight, bias, addend, gate, **named)
+
+    x, weight, bias, addend = problem((2, 5, 7, 8), torch.float64)
+    others = (addend if added else None, gate_of(x) if gated else None)
+    assert_gradients(function, x, weight, bias, *others, options=options)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("side", [3, 5, 7])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients_of_the_op_with_a_gate(shape, side, dtype):
+    x, weight, bias, addend = problem(shape, dtype, side)
+    op = torch.ops.fbila.depthwise_conv
+    assert_gradients(op, x, weight, bias, addend, gate_of(x))
+    assert_gradients(op, x, weight, bias, None, gate_of(x).float(), options=(True, True, True))
+
+
+@pytest.mark.parametrize("needed", range(1, 32), ids="{:05b}".format)
+def test_only_wanted_gradients_of_the_op_are_made(needed):
+    x, weight, bias, addend = problem((1, 5, 6, 4), torch.float32)
+    tensors = [t.detach() for t in (x, weight, bias, addend, gate_of(x))]
+    leaves = [t.requires_grad_() for i, t in enumerate(tensors) if needed >> i & 1]
+    found = torch.autograd.grad(
+        torch.ops.fbila.depthwise_conv(*tensors, *PLAIN).square().sum(), leaves
+    )
+    expected = torch.autograd.grad(exact(*tensors).square().sum(), leaves)
+    for one, exactly in zip(found, expected, strict=True):
+        assert_near(one, exactly, 4)
 
 
 def test_the_op_is_registered_in_full():
     x, weight, bias, addend = problem((2, 5, 7, 8), torch.float32)
-    x, weight, bias, addend = (t.requires_grad_() for t in (x, weight, bias, addend))
+    gate = gate_of(x)
+    x, weight, bias, addend, gate = (t.requires_grad_() for t in (x, weight, bias, addend, gate))
     for arguments in (
-        (x, weight, bias, addend, *PLAIN),
-        (x, weight, bias, None, True, True, True),
-        (x.detach(), weight.detach(), None, addend.detach(), True, False, True),
+        (x, weight, bias, addend, None, *PLAIN),
+        (x, weight, bias, addend, gate, *PLAIN),
+        (x, weight, bias, None, gate, True, True, True),
+        (x.detach(), weight.detach(), None, addend.detach(), gate.detach(), True, False, True),
     ):
         torch.library.opcheck(torch.ops.fbila.depthwise_conv, arguments)
 
@@ -190,7 +251,7 @@ def test_the_op_is_registered_in_full():
 def test_gradients_of_gradients_are_refused():
     x, weight, bias, _ = problem((1, 3, 4, 2), torch.float32)
     x = x.detach().requires_grad_()
-    y = torch.ops.fbila.depthwise_conv(x, weight, bias, None, *PLAIN)
+    y = torch.ops.fbila.depthwise_conv(x, weight, bias, None, None, *PLAIN)
     (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiated twice"):
         torch.autograd.grad(slope.sum(), x)
@@ -199,10 +260,11 @@ def test_gradients_of_gradients_are_refused():
 def test_bad_shapes():
     x, weight, bias, addend = problem((2, 5, 7, 8), torch.float32)
     for arguments, words in (
-        ((x, weight[:3], None, None), "weight must be"),
-        ((x, weight[:, :, :2, :2], None, None), "weight must be"),
-        ((x, weight, bias[:3], None), "bias must be"),
-        ((x, weight, bias, addend[:, :4]), "addend must have"),
+        ((x, weight[:3], None, None, None), "weight must be"),
+        ((x, weight[:, :, :2, :2], None, None, None), "weight must be"),
+        ((x, weight, bias[:3], None, None), "bias must be"),
+        ((x, weight, bias, addend[:, :4], None), "addend must have"),
+        ((x, weight, bias, addend, addend[..., :4]), "gate must have"),
     ):
         with pytest.raises(ValueError, match=words):
             in_kernel(*arguments, *PLAIN)
@@ -210,7 +272,7 @@ def test_bad_shapes():
 
 def test_empty():
     x, weight, bias, _ = problem((0, 5, 7, 8), torch.float32)
-    assert in_kernel(x, weight, bias, None, *PLAIN).shape == x.shape
+    assert in_kernel(x, weight, bias, None, None, *PLAIN).shape == x.shape
     for found in backward_in_kernel(x, x, weight, bias, *PLAIN, ALL):
         assert not found.any()
 

@@ -4,8 +4,8 @@
     ""       y = z + other          "silu"        y = SiLU(z + other)
     "slope"  y = other SiLU'(z)     "gelu slope"  y = z GELU'(other)
 
-x, other, y: `(B, H, W, C)`, contiguous along C; other may be missing in the first two. It is
-computed in float32 and rounded once. With the taps turned by half a turn, z is the gradient by
+and the first two times a gate, if there is one. x, other, gate, y: `(B, H, W, C)`, contiguous along
+C; other may be missing where there may be a gate. It is computed in float32 and rounded once. With the taps turned by half a turn, z is the gradient by
 f(x); the slopes make gradients of the first two. f(x) itself is added as one more to the tap in
 the middle.
 
@@ -76,14 +76,22 @@ def finish(z, other, END: tl.constexpr):
     return y
 
 
+@triton.jit
+def start_of(p, i_b, first, column, o_c, sample, row, step):
+    """Where lanes begin in a tensor beside x."""
+    p += (i_b * sample)[:, None] + o_c[None, :]
+    return p + (first[:, None].to(tl.int64) * row + column * step)
+
+
 @kernel
 def depthwise_conv_kernel(
-    x, taps, bias, other, y,
+    x, taps, bias, other, gate, y,
     x_sample: "i64", x_row: "i64", x_column: "i64",
     a_sample: "i64", a_row: "i64", a_column: "i64",
+    g_sample: "i64", g_row: "i64", g_column: "i64",
     samples: "i32", height: "i32", width: "i32", channels: "i32",
     sets: "i32", of_samples: "i32", strips: "i32", chunks: "i32", rows: "i32", above: "i32",
-    UNIT: tl.constexpr, UNIT_A: tl.constexpr, UNIT_C: tl.constexpr,
+    UNIT: tl.constexpr, UNIT_A: tl.constexpr, UNIT_G: tl.constexpr, UNIT_C: tl.constexpr,
     TURNED: tl.constexpr, RESIDUAL: tl.constexpr, GELU: tl.constexpr, END: tl.constexpr,
     KERNEL: tl.constexpr,
     BLOCK: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr, ACC: tl.constexpr,
@@ -127,14 +135,17 @@ def depthwise_conv_kernel(
 
     position = first[:, None].to(tl.int64) * width + column
     p_y = y + ((i_b * height)[:, None] * width + position) * C + o_c[None, :]
-    p_a = other
-    if other is not None:
-        p_a += (i_b * (a_sample * UNIT_A))[:, None] + o_c[None, :]
-        p_a += first[:, None].to(tl.int64) * (a_row * UNIT_A) + column * (a_column * UNIT_A)
     left = tl.minimum(height - first, rows)[:, None]
-    extra = ()
+    p_a, extra = other, ()
     if other is not None:
-        extra = load_pixels(p_a, a_column * UNIT_A, o_x, width, there & (left > 0), PIXELS)
+        step_a, row_a = a_column * UNIT_A, a_row * UNIT_A
+        p_a = start_of(p_a, i_b, first, column, o_c, a_sample * UNIT_A, row_a, step_a)
+        extra = load_pixels(p_a, step_a, o_x, width, there & (left > 0), PIXELS)
+    p_g, factors = gate, ()
+    if gate is not None:
+        step_g, row_g = g_column * UNIT_G, g_row * UNIT_G
+        p_g = start_of(p_g, i_b, first, column, o_c, g_sample * UNIT_G, row_g, step_g)
+        factors = load_pixels(p_g, step_g, o_x, width, there & (left > 0), PIXELS)
     for i in range(0, rows):
         pixels = pixels_of(ahead, True, PIXELS, KERNEL, ACC)
         if GELU:
@@ -143,11 +154,14 @@ def depthwise_conv_kernel(
         p_x += x_row * UNIT
         m_x = there & (row >= 0) & (row < end)
         ahead = load_row(p_x, x_column * UNIT, o_x, width, m_x, True, PIXELS, KERNEL)
-        beside = extra
+        beside, times = extra, factors
+        m_next = there & (i + 1 < left)
         if other is not None:
-            p_a += a_row * UNIT_A
-            m_a = there & (i + 1 < left)
-            extra = load_pixels(p_a, a_column * UNIT_A, o_x, width, m_a, PIXELS)
+            p_a += row_a
+            extra = load_pixels(p_a, step_a, o_x, width, m_next, PIXELS)
+        if gate is not None:
+            p_g += row_g
+            factors = load_pixels(p_g, step_g, o_x, width, m_next, PIXELS)
         z, sums = add_row(sums, pixels, b_taps, b_0, PIXELS, KERNEL)
         for j in tl.static_range(PIXELS):
             b_y = z[j]
@@ -155,6 +169,8 @@ def depthwise_conv_kernel(
                 b_y = finish(b_y, beside[j].to(ACC), END)
             if END == "silu":
                 b_y = silu(b_y)
+            if gate is not None:
+                b_y *= times[j].to(ACC)
             m_y = there & (i < left) & (o_x + j < width)
             tl.store(p_y + j * C, b_y.to(y.dtype.element_ty), mask=m_y)
         p_y += width * C
@@ -209,6 +225,7 @@ def plan_depthwise_conv(
     shape: tuple[int, ...],
     stride: tuple[int, ...],
     stride_a: tuple[int, ...] | None,
+    stride_g: tuple[int, ...] | None,
     kernel_size: int,
     sets: int,
     dtypes: tuple[torch.dtype | None, ...],
@@ -218,22 +235,23 @@ def plan_depthwise_conv(
     gelu: bool = False,
     end: str = "",
 ) -> Launch:
-    """shape, stride: of x; stride_a: of the other tensor, if there is one.
+    """shape, stride: of x; stride_a, stride_g: of the other tensor and the gate, if they are there.
 
     sets: How many channels have taps of their own: all C, those of one head, or B * C.
-    dtypes: Of x, taps, bias, the other tensor and y.
+    dtypes: Of x, taps, bias, the other tensor, the gate and y.
     turned: The taps by half a turn.
     residual: One more for the tap in the middle.
     gelu: Of x, first.
     end: What is done at the end, as above.
     """
     B, H, W, C = shape
-    dtype, dtype_a = dtypes[0], dtypes[3]
+    dtype, _, _, dtype_a, dtype_g, _ = dtypes
     assert dtype is not None
-    wide = BYTES[kernel_size] if dtype_a is None else BYTES_BESIDE
+    wide = BYTES_BESIDE if dtype_a or dtype_g else BYTES[kernel_size]
     plan = Lanes.of(shape, PIXELS, max(1, wide // dtype.itemsize), THREADS)
     strides, unit = strides_of(shape, stride, dtype.itemsize)
     strides_a, unit_a = strides_of(shape, stride_a, dtype_a.itemsize if dtype_a else 1)
+    strides_g, unit_g = strides_of(shape, stride_g, dtype_g.itemsize if dtype_g else 1)
     unit_c = math.gcd(16 // dtype.itemsize, C, sets)
     # Rows above the grid are left out where all lanes begin at its top.
     above = 0 if plan.chunks == 1 else kernel_size // 2
@@ -242,12 +260,13 @@ def plan_depthwise_conv(
         depthwise_conv_kernel,
         (programs, 1),
         (
-            *strides, *strides_a, B, H, W, C // unit_c, sets // unit_c, int(sets == B * C),
-            plan.strips, plan.chunks, plan.rows, above,
+            *strides, *strides_a, *strides_g, B, H, W, C // unit_c, sets // unit_c,
+            int(sets == B * C), plan.strips, plan.chunks, plan.rows, above,
         ),
         {
             "UNIT": unit,
             "UNIT_A": unit_a,
+            "UNIT_G": unit_g,
             "UNIT_C": unit_c,
             "TURNED": turned,
             "RESIDUAL": residual,
