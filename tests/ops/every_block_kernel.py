@@ -82,14 +82,14 @@ def rows(dtype: torch.dtype):
         ):
             (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
             yield f"gradient of {function} {D}", gradient
-        x_, g = (t.detach().requires_grad_() for t in x.chunk(2, 1))
-        y = silu_gate(x_, g)
-        yield f"silu_gate {D}", y
         for kind in (torch.float32, dtype):
             y = layer_norm(x[:, :D], weight[0], weight[1], 1e-5, kind)
             yield f"layer_norm {D} {kind}", y
             for gradient in torch.autograd.grad(y, (x, weight), torch.full_like(y, 1 / 64)):
                 yield f"gradients of layer_norm {D} {kind}", gradient
+        x_, g = (t.detach().requires_grad_() for t in x.chunk(2, 1))
+        y = silu_gate(x_, g)
+        yield f"silu_gate {D}", y
         for gradient in torch.autograd.grad(y, (x_, g), torch.ones_like(y)):
             yield f"gradients of silu_gate {D}", gradient
         y = layer_norm_leaky_relu(x.unflatten(1, (2, D)).transpose(0, 1), weight, weight, 1e-5, 0.1)
