@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.plain_modules import plain
 from ..ops.group_sizes import is_short
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -80,19 +81,6 @@ def takes(weight: Any, x: Tensor) -> bool:
     if torch.is_autocast_enabled(x.device.type):
         return weight.dtype in _CAST and weight.device == x.device
     return weight.dtype == x.dtype and weight.device == x.device
-
-
-def plain(module: nn.Module, kind: type) -> bool:
-    """Whether calling the module does what its class says and nothing else."""
-    own = module.__dict__
-    return (
-        type(module) is kind
-        and "forward" not in own
-        and not own["_forward_hooks"]
-        and not own["_forward_pre_hooks"]
-        and not own["_backward_hooks"]
-        and not own["_backward_pre_hooks"]
-    )
 
 
 def plain_norm(norm: Any, kind: type, x: Tensor) -> bool:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...layers.plain_modules import is_depthwise, is_pointwise, plain
 from ...ops.autograd import needs_gradient
 from ...ops.separable_conv_library import MAX_GROUP, separable_conv2d
-from ..kernel_checks import has_kernels, plain, read_by_maps, transformed
+from ..kernel_checks import has_kernels, read_by_maps, transformed
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -40,7 +41,7 @@ def weights_of(stock: nn.Module, kind: type[nn.Module], x: Tensor, channels: int
     if not plain(stock, kind) or len(convolutions) != 2:
         return None
     first, second = convolutions
-    if not _is_depthwise(first, channels) or not _is_pointwise(second, channels):
+    if not is_depthwise(first, channels) or not _in_groups(second, channels):
         return None
     weights: Any = (first.weight, first.bias, second.weight, second.bias)
     return weights if all(fits(weight, x) for weight in weights) else None
@@ -58,28 +59,12 @@ def _one_kernel(x: Tensor) -> bool:
     return x.dtype in _DTYPES and read_by_maps(x) == x.dtype
 
 
-def _is_depthwise(conv: Any, channels: int) -> bool:
-    """Whether it is a plain convolution of each channel by itself that keeps height and width."""
-    if not plain(conv, nn.Conv2d) or conv.padding_mode != "zeros":
-        return False
-    size = conv.kernel_size[0]
-    return (
-        conv.groups == conv.in_channels == conv.out_channels == channels
-        and conv.kernel_size == (size, size)
-        and size % 2 == 1
-        and conv.stride == conv.dilation == (1, 1)
-        and conv.padding in ("same", (size // 2, size // 2))
-    )
-
-
-def _is_pointwise(conv: Any, channels: int) -> bool:
+def _in_groups(conv: Any, channels: int) -> bool:
     """Whether it is a plain 1 x 1 convolution in groups that a program holds."""
     return (
-        plain(conv, nn.Conv2d)
+        is_pointwise(conv)
         and conv.in_channels == conv.out_channels == channels
         and channels <= conv.groups * MAX_GROUP
-        and conv.kernel_size == conv.stride == (1, 1)
-        and conv.padding in ("same", "valid", (0, 0))
     )
 
 
