@@ -19,7 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import linear_attn
+from ..ops.autocast import cast_for_autocast
+from ..ops.lite_mla_library import lite_mla
 from .checks import check_kernel_size
+from .lite_mla_weights import weights_of
 
 
 class LiteMLA(nn.Module):
@@ -97,6 +100,13 @@ class LiteMLA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mixes the positions of `x` `(B, C_in, H, W)`, in NCHW or channels_last alike."""
+        weights: Any = weights_of(self, x)
+        if weights is not None:
+            x, *weights = cast_for_autocast(x, *weights)
+            y = lite_mla(x, weights, self.dim, self.eps)
+            for norm in list(self.proj)[1:]:
+                y = norm(y)
+            return y
         qkv = self.qkv(x)
         # Each scale where its convolution wrote it; joined are the results, a third of that.
         scales = [self.attend(qkv), *(self.attend(aggregate(qkv)) for aggregate in self.aggreg)]
