@@ -1,32 +1,79 @@
-"""LayerNorm, by the kernel that LinFusion's layers have where no gradient is wanted."""
+"""LayerNorm by one kernel forward and one backward, under autocast as well."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.autograd import direct, needs_gradient
+from ..ops.autocast import cast_for_autocast
+from ..ops.autograd import direct
 from ..ops.norm_library import layer_norm
 
 # A program keeps a whole row.
 MOST = 4096
+# What autocast casts, and all that the kernels read.
+_CAST = (torch.float16, torch.bfloat16, torch.float32)
+_DTYPES = (*_CAST, torch.float64)
 
 
 class LayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm`, by fbila's kernel in inference on a GPU.
+    """`nn.LayerNorm`, by fbila's kernels on a GPU.
 
-    Compiled, in training and under autocast it is PyTorch's own.
+    Under autocast it answers in float32, as PyTorch's does, but reads x as it is and keeps nothing
+    else for the backward pass. The kernels cannot be differentiated twice: gradients of gradients
+    need `nn.LayerNorm`. Compiled, within transforms of torch.func and for rows of more than 4096 it
+    is PyTorch's own.
+
+    Args:
+        normalized_shape, eps, elementwise_affine, bias, device, dtype: Those of `nn.LayerNorm`.
+        for_maps: For a result that linear maps and convolutions alone read. Under autocast it is in
+            the dtype to which they would cast PyTorch's, and not in float32.
+
+    Example:
+        >>> import torch
+        >>> LayerNorm(8, for_maps=True)(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
     """
 
+    def __init__(
+        self,
+        normalized_shape: Any,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        for_maps: bool = False,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        self.for_maps = for_maps
+
     def forward(self, x: Tensor) -> Tensor:
-        """Normalises the rows of `x` `(..., C)`."""
-        if (
-            len(self.normalized_shape) == 1
-            and self.weight is not None
-            and x.shape[-1:] == self.normalized_shape
-            and x.shape[-1] <= MOST
-            and x.dtype == self.weight.dtype
-            and direct(x)
-            and not torch.is_autocast_enabled(x.device.type)
-            and not needs_gradient(x, self.weight, self.bias)
-        ):
-            return layer_norm(x, self.weight, self.bias, self.eps)
-        return super().forward(x)
+        """Normalises the rows of `x` `(..., C)`.
+
+        Raises:
+            NotImplementedError: In the backward pass, if a gradient of a gradient is wanted.
+        """
+        dtype = self._dtype_of_kernel(x)
+        if dtype is not None:
+            return layer_norm(x, self.weight, self.bias, self.eps, dtype)
+        y = super().forward(x)
+        return cast_for_autocast(y)[0] if self.for_maps else y
+
+    def _dtype_of_kernel(self, x: Tensor) -> torch.dtype | None:
+        """What the kernel answers in; None where it does not stand for PyTorch's own."""
+        weights = [t for t in (self.weight, self.bias) if t is not None]
+        if not direct(x, *weights) or x.shape[-1:] != self.normalized_shape or x.shape[-1] > MOST:
+            return None
+        if torch.is_autocast_enabled(x.device.type):
+            if not all(t.dtype in _CAST for t in (x, *weights)):
+                return None
+            kind = torch.get_autocast_dtype(x.device.type)
+            return kind if self.for_maps else torch.float32
+        if x.dtype not in _DTYPES or any(t.dtype != x.dtype for t in weights):
+            return None
+        return x.dtype
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + f", for_maps={self.for_maps}"
