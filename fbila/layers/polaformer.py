@@ -31,6 +31,7 @@ from .grid import (
     reduced_size,
     resize_positions,
 )
+from .layer_norm import LayerNorm
 from .polarity import join_halves, widen
 
 
@@ -103,7 +104,7 @@ class PolaLinearAttention(nn.Module):
             self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **factory)
             if sr_ratio > 1:
                 self.sr = nn.Conv2d(dim, dim, sr_ratio, stride=sr_ratio, **factory)
-                self.norm = nn.LayerNorm(dim, **factory)
+                self.norm = LayerNorm(dim, for_maps=True, **factory)
         self.proj = nn.Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         d = dim // num_heads

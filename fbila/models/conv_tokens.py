@@ -61,7 +61,7 @@ class ConvDownsample(nn.Module):
 
 
 class TokenBlock(nn.Module):
-    """The block; a subclass has `mix`, from `(B, H, W, C)` to the same shape.
+    """The block; a subclass has `mix`, from `(B, H, W, C)` to the same shape, linear maps first.
 
     Args:
         dim: Channels C.
@@ -75,10 +75,10 @@ class TokenBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.cpe1 = DepthwiseConv2d(dim, 3, **factory)
-        self.norm1 = LayerNorm(dim, **factory)
+        self.norm1 = LayerNorm(dim, for_maps=True, **factory)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.cpe2 = DepthwiseConv2d(dim, 3, **factory)
-        self.norm2 = LayerNorm(dim, **factory)
+        self.norm2 = LayerNorm(dim, for_maps=True, **factory)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
 
     def forward(self, x: Tensor) -> Tensor:

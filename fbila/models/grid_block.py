@@ -20,6 +20,9 @@ from ..layers.layer_norm import LayerNorm
 register_notrace_module(FocusedLinearAttention)
 register_notrace_module(PolaLinearAttention)
 
+# What reads its input by linear maps and convolutions alone.
+_MAPS = (FocusedLinearAttention, PolaLinearAttention)
+
 
 class GridBlock(nn.Module):
     """The block of PVT, and that of Swin where one window is the whole grid.
@@ -47,9 +50,13 @@ class GridBlock(nn.Module):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.norm1 = norm_layer(dim, **factory)
+        if isinstance(self.norm1, LayerNorm):
+            self.norm1.for_maps = isinstance(attn, _MAPS)
         self.attn = attn
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(dim, **factory)
+        if isinstance(self.norm2, LayerNorm):
+            self.norm2.for_maps = True
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 

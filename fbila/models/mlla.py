@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from ..layers import MLLALinearAttention
 from ..layers.depthwise_conv import DepthwiseConv2d
-from ..ops.autocast import cast_for_autocast
 from ..ops.silu_gate_library import silu_gate
 from .conv_tokens import TokenBackbone, TokenBlock
 from .default_cfg import imagenet_cfg
@@ -62,8 +61,6 @@ class MLLABlock(TokenBlock):
 
     def mix(self, x: Tensor) -> Tensor:
         _, H, W, _ = x.shape
-        # Autocast would make a copy for each of the two projections, and keep both.
-        (x,) = cast_for_autocast(x)
         gate = self.act_proj(x)
         x = over_grid(self.dwc, self.in_proj(x), silu=True)
         x = self.attn(x.flatten(1, 2), H, W).unflatten(1, (H, W))

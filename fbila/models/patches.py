@@ -1,5 +1,6 @@
 """Patches of pictures of any size, and of the grids that they make."""
 
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -56,7 +57,8 @@ class Merging(PatchMerging):
     """timm's patch merging, `(B, H, W, C)` to `(B, H / 2, W / 2, 2 C)`, rounded up."""
 
     def __init__(self, dim: int, **factory: Any) -> None:
-        super().__init__(dim, norm_layer=LayerNorm, **factory)
+        norm: Any = partial(LayerNorm, for_maps=True)
+        super().__init__(dim, norm_layer=norm, **factory)
         self.fill = Fill()
 
     def forward(self, x: Tensor) -> Tensor:

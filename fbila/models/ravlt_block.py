@@ -64,11 +64,11 @@ class StageRotary(AxialRotary):
 
 
 class WrappedNorm(nn.Module):
-    """LayerNorm of `(B, H, W, C)`, under its official name."""
+    """LayerNorm of `(B, H, W, C)` for 1 x 1 convolutions, under its official name."""
 
     def __init__(self, dim: int, **factory: Any) -> None:
         super().__init__()
-        self.norm = LayerNorm(dim, eps=1e-6, **factory)
+        self.norm = LayerNorm(dim, eps=1e-6, for_maps=True, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x)

@@ -1,5 +1,6 @@
 """Swin's block of softmax attention in shifted windows."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ class WindowBlock(SwinTransformerBlock):
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{"norm_layer": LayerNorm, **options})
+        super().__init__(*args, **{"norm_layer": partial(LayerNorm, for_maps=True), **options})
         self.shift_mask = ShiftMask()
         self.fill = Fill()
 

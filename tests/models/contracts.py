@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.models import create_feature_extractor
 from torch import Tensor, nn
@@ -277,6 +278,26 @@ def assert_low_precision(model: nn.Module, *size: int) -> None:
     for answer in answers:
         assert answer.dtype == torch.bfloat16
         assert (answer - expected).norm() <= 0.05 * expected.norm()
+
+
+def assert_maps_read_norms(model: nn.Module, monkeypatch, *size: int) -> None:
+    """What norms answer for maps under autocast is what the maps would have cast: no bit differs.
+
+    Norms answer in float32 else, as on a GPU, and all other norms do.
+    """
+    layer_norm = F.layer_norm
+    monkeypatch.setattr(F, "layer_norm", lambda x, *others: layer_norm(x.float(), *others))
+    norms = [m for m in randomize(model).eval().modules() if getattr(m, "for_maps", False)]
+    assert norms
+    kinds = set()
+    for norm in norms:
+        norm.register_forward_hook(lambda _module, _inputs, y: kinds.add(y.dtype))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        answer = model(pictures(*size))
+        assert kinds == {torch.bfloat16}
+        for norm in norms:
+            norm.for_maps = False
+        assert torch.equal(model(pictures(*size)), answer)
 
 
 def assert_classifier(make: Make, *size: int) -> None:

@@ -127,6 +127,10 @@ def test_low_precision():
     contracts.assert_low_precision(make(), 64, 96)
 
 
+def test_maps_read_norms(monkeypatch):
+    contracts.assert_maps_read_norms(make(), monkeypatch, 64, 96)
+
+
 def test_classifier():
     contracts.assert_classifier(make, 64, 96)
 

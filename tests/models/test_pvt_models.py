@@ -184,6 +184,11 @@ def test_checkpoints_gradients(make):
 
 
 @each
+def test_maps_read_norms(make, monkeypatch):
+    contracts.assert_maps_read_norms(make(sr_ratios=(2, 1, 1, 1)), monkeypatch, 64, 96)
+
+
+@each
 def test_classifier(make):
     contracts.assert_classifier(make, 64, 96)
 

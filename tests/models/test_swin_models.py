@@ -8,6 +8,8 @@ import timm
 import torch
 
 import fbila.models  # noqa: F401
+from fbila.layers import InLineAttention
+from fbila.models.grid_block import GridBlock
 
 # Entries of the official state dict, the digest of their names and shapes, parameters, billions of
 # multiplications of the official code.
@@ -233,6 +235,16 @@ def test_traces(make):
 @each
 def test_checkpoints_gradients(make):
     contracts.assert_checkpoints_gradients(make(), 64, 96)
+
+
+@each
+def test_maps_read_norms(make, monkeypatch):
+    contracts.assert_maps_read_norms(make(), monkeypatch, 64, 96)
+
+
+def test_a_norm_whose_mean_is_taken_is_not_for_maps_alone():
+    block = GridBlock(InLineAttention(8, 2), 8)
+    assert block.norm2.for_maps and not block.norm1.for_maps
 
 
 @each
