@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import DEVICE, DTYPES
 
+from fbila.ops import depthwise_conv_library
 from fbila.ops.depthwise_conv_library import (
     backward_in_kernel,
     backward_in_pytorch,
@@ -215,7 +216,9 @@ def test_autograd(added, gated, options):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("side", [3, 5, 7])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gradients_of_the_op_with_a_gate(shape, side, dtype):
+@pytest.mark.parametrize("kernels", [False, True])
+def test_gradients_of_the_op_with_a_gate(monkeypatch, kernels, shape, side, dtype):
+    monkeypatch.setattr(depthwise_conv_library, "direct", lambda *_: kernels)
     x, weight, bias, addend = problem(shape, dtype, side)
     op = torch.ops.fbila.depthwise_conv
     assert_gradients(op, x, weight, bias, addend, gate_of(x))
