@@ -25,6 +25,10 @@ from .checks import check_heads, check_kernel_size
 from .depthwise_conv import DepthwiseConv2d
 from .grid import as_grid, as_tokens, grid_of, heads_of
 from .layer_norm import LayerNorm
+from .plain_modules import plain
+
+# Numbers of 16 bits in 16 bytes.
+ALIGNED = 8
 
 
 class NonCausalSSD(nn.Module):
@@ -106,9 +110,7 @@ class NonCausalSSD(nn.Module):
             ValueError: If N is not H * W.
         """
         H, W = grid_of(x.shape[1], H, W)
-        z, u, dt = self.in_proj(x).split(
-            (self.d_inner, self.d_inner + 2 * self.d_state, self.num_heads), -1
-        )
+        z, u, dt = self.project(x)
         u = as_tokens(self.conv2d(as_grid(u, H, W), silu=True))
         v, k, q = u.split((self.d_inner, self.d_state, self.d_state), -1)
         v = heads_of(v, self.num_heads)
@@ -117,6 +119,22 @@ class NonCausalSSD(nn.Module):
         out = simple_la(q, k, v, scale=1.0, key_weight=self.weights(dt))
         out = torch.addcmul(out, self.D[:, None, None], v)
         return self.out_proj(self.norm(out.transpose(1, 2).flatten(2)) * z)
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """z, u and dt of x, views of one product, whose rows are multiples of 16 bytes.
+
+        Those of `in_proj` itself need not be: with 2 heads they have two numbers too many for that,
+        and both the product and what reads its parts fall back to narrower accesses.
+        """
+        sizes = (self.d_inner, self.d_inner + 2 * self.d_state, self.num_heads)
+        more = -sum(sizes) % ALIGNED
+        if not more or not plain(self.in_proj, nn.Linear):
+            return self.in_proj(x).split(sizes, -1)
+        bias = self.in_proj.bias
+        weight = F.pad(self.in_proj.weight, (0, 0, 0, more))
+        y = F.linear(x, weight, None if bias is None else F.pad(bias, (0, more)))
+        # Split at once: of a part of it the gradient would have to be copied.
+        return y.split((*sizes, more), -1)[:3]
 
     def weights(self, dt: Tensor) -> Tensor:
         """w `(B, heads, N)`, in float32 at least, of dt `(B, N, heads)`."""

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from vision_contracts import (
     Capture,
     assert_compiles,
@@ -95,6 +96,35 @@ def test_one_query_and_key_serve_all_heads_in_place(monkeypatch):
     assert q.stride(1) == k.stride(1) == 0
     assert len({t.untyped_storage().data_ptr() for t in (q, k, v)}) == 1
     assert capture.output.transpose(1, 2).flatten(2)._is_view()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("heads", "width"), [(4, 168), (8, 168), (2, 168)])
+def test_rows_of_the_projection_are_aligned(heads, width, bias, monkeypatch):
+    layer, x = make(heads=heads, bias=bias), torch.randn(2, 15, 32)
+    parts = layer.project(x)
+    assert [t.shape[-1] for t in parts] == [64, 96, heads]
+    for t in parts:
+        assert t.stride() == (15 * width, width, 1) and t.storage_offset() % 8 == 0
+    torch.testing.assert_close(torch.cat(parts, -1), layer.in_proj(x))
+    # What reads it takes it as it lies.
+    seen = Capture(layer.conv2d.forward)
+    monkeypatch.setattr(layer.conv2d, "forward", seen)
+    layer(x, 3, 5)
+    (u,) = seen.inputs
+    assert u.stride() == (15 * width, 1, 5 * width, width)
+
+
+def test_a_projection_that_does_more_is_called():
+    layer, x = make(), torch.randn(2, 15, 32)
+    expected = layer(x, 3, 5)
+    calls: list[nn.Module] = []
+    layer.in_proj.register_forward_hook(lambda module, _inputs, _y: calls.append(module))
+    torch.testing.assert_close(layer(x, 3, 5), expected)
+    assert calls == [layer.in_proj]
+    layer = make()
+    layer.in_proj = nn.Sequential(layer.in_proj)
+    torch.testing.assert_close(layer(x, 3, 5), expected)
 
 
 def test_device_and_dtype_reach_every_parameter():
