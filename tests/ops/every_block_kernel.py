@@ -13,6 +13,7 @@ from fbila.ops.add_bias_library import add_bias
 from fbila.ops.depthwise_conv_library import depthwise_conv
 from fbila.ops.gated_conv_library import gated_depthwise_conv
 from fbila.ops.geglu_library import geglu
+from fbila.ops.lite_mla_library import lite_mla
 from fbila.ops.norm_library import layer_norm, layer_norm_leaky_relu
 from fbila.ops.rms_norm_library import rms_norm
 from fbila.ops.separable_conv_library import separable_conv2d
@@ -65,6 +66,16 @@ def pictures(dtype: torch.dtype):
         taps = torch.randn(C, 1, 5, 5, device="cuda", dtype=dtype)
         matrices = torch.randn(C, 20, 1, 1, device="cuda", dtype=dtype)
         yield f"separable_conv {name}", separable_conv2d(x, taps, bias, matrices, bias)
+        shapes = [(96, C, 1, 1), (96, 1, 5, 5), (96, 16, 1, 1), (C, 64, 1, 1)]
+        weights = [torch.randn(shape, device="cuda", dtype=dtype) / 16 for shape in shapes]
+        leaves = [t.requires_grad_() for t in (x, *weights)]
+        biased = [t for weight in weights for t in (weight, None)]
+        with torch.no_grad():
+            yield f"lite_mla alone {name}", lite_mla(x, biased, 16, 1e-5)
+        y = lite_mla(x, biased, 16, 1e-5)
+        yield f"lite_mla {name}", y
+        for gradient in torch.autograd.grad(y, leaves, torch.full_like(y, 1 / 64)):
+            yield f"gradient of lite_mla {name}", gradient
 
 
 def rows(dtype: torch.dtype):
