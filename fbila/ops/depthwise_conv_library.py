@@ -3,11 +3,11 @@
     y = act(taps * f(x) + bias + other) gate        other: addend, f(x) or nothing
 
 `fbila::depthwise_conv`: x `(B, H, W, C)`, weight `(T, 1, k, k)` with an odd k, bias `(T,)` or None,
-addend and gate `(B, H, W, C)` or None; T is C, or the channels of one head, whose taps all heads share, or
-B C, where each sample has taps of its own. There are zeros around x. Of the options `gelu` says
-what f is, the identity or GELU, `silu` what act is, the identity or SiLU, and `residual` adds f(x).
-y has the shape of x, in the widest dtype of x, addend and gate. These are read in place where their
-channels are contiguous.
+addend and gate `(B, H, W, C)` or None; T is C, or the channels of one head, whose taps all heads
+share, or B C, where each sample has taps of its own. There are zeros around x. Of the options
+`gelu` says what f is, the identity or GELU, `silu` what act is, the identity or SiLU, and
+`residual` adds f(x). y has the shape of x, in the widest dtype of x, addend and gate. These are
+read in place where their channels are contiguous.
 
 Local position encodings and the local branches beside linear attention are of this kind. It is
 differentiable by all tensors, but not with SiLU of an addend; of what it computes it keeps nothing:

@@ -5,9 +5,9 @@
     "slope"  y = other SiLU'(z)     "gelu slope"  y = z GELU'(other)
 
 and the first two times a gate, if there is one. x, other, gate, y: `(B, H, W, C)`, contiguous along
-C; other may be missing where there may be a gate. It is computed in float32 and rounded once. With the taps turned by half a turn, z is the gradient by
-f(x); the slopes make gradients of the first two. f(x) itself is added as one more to the tap in
-the middle.
+C; other may be missing where there may be a gate. It is computed in float32 and rounded once. With
+the taps turned by half a turn, z is the gradient by f(x); the slopes make gradients of the first
+two. f(x) itself is added as one more to the tap in the middle.
 
 A program has a block of channels in `LANES` lanes. A lane is `PIXELS` columns of a grid, down which
 it goes for a chunk of its rows; the lanes of all samples are numbered through, so that small grids
