@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import simple_la
+from ..ops.autograd import direct
+from ..ops.gated_norm_library import gated_norm
 from .checks import check_heads, check_kernel_size
 from .depthwise_conv import DepthwiseConv2d
 from .grid import as_grid, as_tokens, grid_of, heads_of
@@ -117,8 +119,19 @@ class NonCausalSSD(nn.Module):
         # One q and one k for all heads: a stride of 0, which the op reads in place.
         q, k = (t[:, None].expand(-1, self.num_heads, -1, -1) for t in (q, k))
         out = simple_la(q, k, v, scale=1.0, key_weight=self.weights(dt))
+        return self.out_proj(self.gated(out, v, z))
+
+    def gated(self, out: Tensor, v: Tensor, z: Tensor) -> Tensor:
+        """LayerNorm(out + D v) * z `(B, N, d_inner)`, for `out_proj` to read.
+
+        By one kernel, where nothing stands in between: then only the result is rounded.
+        """
+        norm = self.norm
+        if direct(out, v, z, self.D, norm.weight, norm.bias) and plain(norm, LayerNorm):
+            out, v = (t.transpose(1, 2).flatten(2) for t in (out, v))
+            return gated_norm(out, v, z, self.D, norm.weight, norm.bias, norm.eps)
         out = torch.addcmul(out, self.D[:, None, None], v)
-        return self.out_proj(self.norm(out.transpose(1, 2).flatten(2)) * z)
+        return norm(out.transpose(1, 2).flatten(2)) * z
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """z, u and dt of x, views of one product, whose rows are multiples of 16 bytes.

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import CUDA, DEVICE
 from torch import nn
 from vision_contracts import (
     Capture,
@@ -16,6 +17,7 @@ from vision_contracts import (
 )
 
 from fbila.layers import NonCausalSSD, vssd
+from fbila.ops import gated_norm_library
 
 # dim 32, 4 heads: 64 channels of values, 16 of q and of k.
 SHAPES = {
@@ -137,6 +139,39 @@ def test_serves():
 
 def test_compiles():
     assert_compiles(make(), (torch.randn(2, 15, 32), 3, 5), (torch.randn(2, 28, 32), 4, 7))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_norm_and_gate_are_one_kernel(autocast, monkeypatch):
+    """It reads what it is given in place; gradients are those of the operations one by one."""
+    layer, x = make().to(DEVICE), torch.randn(2, 15, 32, device=DEVICE, requires_grad=True)
+    leaves = [x, *layer.parameters()]
+
+    def run():
+        with torch.autocast(DEVICE, torch.float16, enabled=autocast):
+            y = layer(x, 3, 5)
+        return y, *torch.autograd.grad(y.float().square().sum(), leaves)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(vssd, "direct", lambda *_: False)
+        expected = run()
+    if not CUDA:
+        for module in (vssd, gated_norm_library):
+            monkeypatch.setattr(module, "direct", lambda *_: True)
+    capture = Capture(vssd.gated_norm)
+    monkeypatch.setattr(vssd, "gated_norm", capture)
+    actual = run()
+    o, v, z = (t for t in capture.inputs[:3])
+    assert [t.stride() for t in (o, v, z)] == [
+        (15 * width, width, 1) for width in (64, 64 + 2 * 16, 168)
+    ]
+    assert v._is_view() and z._is_view()
+    if autocast:
+        assert {t.dtype for t in (o, v, z, capture.output)} == {torch.float16}
+    for ours, theirs in zip(actual, expected, strict=True):
+        scale = theirs.abs().max().item()
+        atol = (1e-2 if autocast else 1e-5) * scale
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
 
 
 def test_kernels(monkeypatch):

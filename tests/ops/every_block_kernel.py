@@ -12,6 +12,7 @@ from fbila.ops import group_norm_library
 from fbila.ops.add_bias_library import add_bias
 from fbila.ops.depthwise_conv_library import depthwise_conv
 from fbila.ops.gated_conv_library import gated_depthwise_conv
+from fbila.ops.gated_norm_library import gated_norm
 from fbila.ops.geglu_library import geglu
 from fbila.ops.lite_mla_library import lite_mla
 from fbila.ops.norm_library import layer_norm, layer_norm_leaky_relu
@@ -98,6 +99,11 @@ def rows(dtype: torch.dtype):
             yield f"layer_norm {D} {kind}", y
             for gradient in torch.autograd.grad(y, (x, weight), torch.full_like(y, 1 / 64)):
                 yield f"gradients of layer_norm {D} {kind}", gradient
+        scale = torch.randn(1, device="cuda", requires_grad=True)
+        y = gated_norm(x[:, :D], x[:, D:], x[:, :D], scale, weight[0], weight[1], 1e-5)
+        yield f"gated_norm {D}", y
+        for gradient in torch.autograd.grad(y, (x, scale, weight), torch.full_like(y, 1 / 64)):
+            yield f"gradients of gated_norm {D}", gradient
         x_, g = (t.detach().requires_grad_() for t in x.chunk(2, 1))
         y = silu_gate(x_, g)
         yield f"silu_gate {D}", y

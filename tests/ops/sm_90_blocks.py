@@ -17,6 +17,7 @@ from fbila.ops import (
     depthwise_conv_library,
     gated_conv_backward_library,
     gated_conv_library,
+    gated_norm_library,
     geglu_library,
     group_norm_backward_library,
     group_norm_library,
@@ -148,6 +149,22 @@ def calls():
                     *(dy, read, kept, kept, 1e-5, [True] * 3),
                 ),
             )
+    # VSSD's, whose parts of projections are views.
+    for (D, heads), kind in itertools.product(
+        ((96, 2), (128, 2), (512, 8), (768, 12)), ("bfloat16", "autocast", "float32")
+    ):
+        dtype = torch.float32 if kind == "float32" else torch.bfloat16
+        kept = torch.bfloat16 if kind == "bfloat16" else torch.float32
+        x, v, gate = (
+            torch.zeros(64, 784, width, dtype=dtype)[..., :D] for width in (D, D + 128, 3 * D + 136)
+        )
+        others = [torch.zeros(n, dtype=kept) for n in (heads, D, D)]
+        arguments = (x, v, gate, *others, 1e-5)
+        yield f"gated_norm {D} {kind}", partial(gated_norm_library.in_kernel, *arguments)
+        yield (
+            f"gradients of gated_norm {D} {kind}",
+            partial(gated_norm_library.backward_in_kernel, x, *arguments),
+        )
     for D in (512, 2240):
         x, channel = planes(2, 256, D), planes(D)
         for name, weight in (("", channel), (" of float32 weights", channel.float())):

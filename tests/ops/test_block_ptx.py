@@ -15,7 +15,7 @@ except ImportError as missing:
     pytest.skip(f"this Triton cannot compile for sm_90: {missing}", allow_module_level=True)
 
 # What has a number for every channel at every position.
-LARGE = ("x", "residual", "y", "opposite", "o", "dx", "dy", "dopposite")
+LARGE = ("x", "residual", "y", "opposite", "o", "dx", "dy", "dopposite", "v", "dv", "gate", "dgate")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,8 @@ def test_all_kernels_are_seen(kernels):
     assert {name.split(": ")[1] for name in kernels} == {
         "group_statistics_kernel", "group_merge_kernel", "group_apply_kernel",
         "short_group_norm_kernel", "add_bias_kernel", "geglu_kernel", "norm_kernel",
-        "narrow_norm_kernel", "grad_norm_kernel", "geglu_backward_kernel",
+        "narrow_norm_kernel", "grad_norm_kernel", "gated_norm_kernel", "grad_gated_norm_kernel",
+        "geglu_backward_kernel",
         "short_group_norm_backward_kernel",
         "group_grad_parts_kernel", "group_grad_merge_kernel", "group_grad_apply_kernel",
         "gated_conv_kernel", "gated_conv_backward_kernel", "gated_conv_sums_kernel",
@@ -113,6 +114,19 @@ def test_gradients_of_norms_have_the_next_rows_on_their_way_and_their_programs_r
             # Two, four or three programs of 128 threads on a multiprocessor.
             most = 255 if D > 512 else 128 if short and D & (D - 1) == 0 else 168
             assert kernel.get("registers", 0) <= most, name
+
+
+def test_programs_of_gated_norms_have_room(kernels):
+    found = {n: k for n, k in kernels.items() if n.endswith("gated_norm_kernel")}
+    assert len(found) == 2 * 4 * 3
+    for name, kernel in found.items():
+        if "gradients" in name:
+            # Three sums are carried, and there are two programs on a multiprocessor.
+            assert kernel["carried"] == [3] and kernel.get("registers", 0) <= 255, name
+        else:
+            # Twelve programs of a warp, or eight.
+            most = 255 if " 768 " in name else 168
+            assert kernel["carried"] == [3] and kernel.get("registers", 0) <= most, name
 
 
 def test_a_row_of_the_separable_convolution_is_loaded_once_for_all_taps(kernels):
