@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fbila import layers
 from fbila.layers.depthwise_conv import DepthwiseConv2d
 from fbila.layers.layer_norm import LayerNorm
+from fbila.layers.linear import Linear
 from fbila.layers.pointwise_conv import PointwiseConv2d
 
 from . import official_pictures as pictures
@@ -19,6 +20,7 @@ def convolution(
     self: nn.Conv2d,
     x: Tensor,
     addend: Tensor | None = None,
+    gate: Tensor | None = None,
     residual: bool = False,
     gelu: bool = False,
     silu: bool = False,
@@ -27,13 +29,19 @@ def convolution(
     y = nn.Conv2d.forward(self, x)
     y = x + y if residual else y
     y = y if addend is None else addend + y
-    return F.silu(y) if silu else y
+    y = F.silu(y) if silu else y
+    return y if gate is None else y * gate
+
+
+def linear(self: nn.Linear, x: Tensor, gelu: bool = False) -> Tensor:
+    return nn.Linear.forward(self, F.gelu(x) if gelu else x)
 
 
 # What the models have in place of PyTorch's own modules.
 MODULES = {
     DepthwiseConv2d: convolution,
     LayerNorm: nn.LayerNorm.forward,
+    Linear: linear,
     PointwiseConv2d: nn.Conv2d.forward,
 }
 OFFICIAL = {

@@ -28,6 +28,7 @@ from .grid import (
     resize_positions,
 )
 from .layer_norm import LayerNorm
+from .linear import Linear
 
 
 class FocusedLinearAttention(nn.Module):
@@ -89,14 +90,14 @@ class FocusedLinearAttention(nn.Module):
         self.focusing_factor = focusing_factor
         factory = {"device": device, "dtype": dtype}
         if sr_ratio is None:
-            self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+            self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **factory)
         else:
-            self.q = nn.Linear(dim, dim, bias=qkv_bias, **factory)
-            self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **factory)
+            self.q = Linear(dim, dim, bias=qkv_bias, **factory)
+            self.kv = Linear(dim, 2 * dim, bias=qkv_bias, **factory)
             if sr_ratio > 1:
                 self.sr = nn.Conv2d(dim, dim, sr_ratio, stride=sr_ratio, **factory)
                 self.norm = LayerNorm(dim, for_maps=True, **factory)
-        self.proj = nn.Linear(dim, dim, **factory)
+        self.proj = Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         d = dim // num_heads
         self.dwc = nn.Conv2d(d, d, kernel_size, padding=kernel_size // 2, groups=d, **factory)

@@ -21,6 +21,7 @@ from ..ops import simple_la
 from ..ops.depthwise_conv_library import depthwise_conv
 from .checks import check_attn_drop, check_heads
 from .grid import grid_of, heads_of
+from .linear import Linear
 
 KERNEL_FUNCTIONS = ("identity", "relu", "leakyrelu", "exp")
 
@@ -90,11 +91,11 @@ class InLineAttention(nn.Module):
         self.kernel_func = kernel_func
         factory = {"device": device, "dtype": dtype}
         if sr_ratio is None:
-            self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+            self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **factory)
         else:
-            self.q = nn.Linear(dim, dim, bias=qkv_bias, **factory)
-            self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **factory)
-        self.proj = nn.Linear(dim, dim, **factory)
+            self.q = Linear(dim, dim, bias=qkv_bias, **factory)
+            self.kv = Linear(dim, 2 * dim, bias=qkv_bias, **factory)
+        self.proj = Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         self.residual = nn.Sequential(
             nn.Conv1d(dim, dim, 1, groups=num_heads, **factory),

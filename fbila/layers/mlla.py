@@ -19,6 +19,7 @@ from .axial_rotary import AxialRotary, axial_rotary
 from .checks import check_heads
 from .depthwise_conv import DepthwiseConv2d
 from .grid import as_grid, as_tokens, grid_of, heads_of
+from .linear import Linear
 
 
 class MLLALinearAttention(nn.Module):
@@ -56,7 +57,7 @@ class MLLALinearAttention(nn.Module):
         check_heads(dim, num_heads)
         factory = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
-        self.qk = nn.Linear(dim, 2 * dim, bias=qkv_bias, **factory)
+        self.qk = Linear(dim, 2 * dim, bias=qkv_bias, **factory)
         self.lepe = DepthwiseConv2d(dim, 3, **factory)
         self.rope = MLLARotary(dim, num_heads)
 

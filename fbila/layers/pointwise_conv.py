@@ -2,8 +2,9 @@
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..ops.linear import linear
 
 
 class PointwiseConv2d(nn.Conv2d):
@@ -31,4 +32,4 @@ class PointwiseConv2d(nn.Conv2d):
         if input.dim() != 4 or input.stride(1) != 1:
             return super().forward(input)
         tokens = input.permute(0, 2, 3, 1)
-        return F.linear(tokens, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        return linear(tokens, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)

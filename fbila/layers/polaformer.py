@@ -32,6 +32,7 @@ from .grid import (
     resize_positions,
 )
 from .layer_norm import LayerNorm
+from .linear import Linear
 from .polarity import join_halves, widen
 
 
@@ -98,14 +99,14 @@ class PolaLinearAttention(nn.Module):
         self.alpha = alpha
         factory = {"device": device, "dtype": dtype}
         if sr_ratio is None:
-            self.qkvg = nn.Linear(dim, 4 * dim, bias=qkv_bias, **factory)
+            self.qkvg = Linear(dim, 4 * dim, bias=qkv_bias, **factory)
         else:
-            self.qg = nn.Linear(dim, 2 * dim, bias=qkv_bias, **factory)
-            self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **factory)
+            self.qg = Linear(dim, 2 * dim, bias=qkv_bias, **factory)
+            self.kv = Linear(dim, 2 * dim, bias=qkv_bias, **factory)
             if sr_ratio > 1:
                 self.sr = nn.Conv2d(dim, dim, sr_ratio, stride=sr_ratio, **factory)
                 self.norm = LayerNorm(dim, for_maps=True, **factory)
-        self.proj = nn.Linear(dim, dim, **factory)
+        self.proj = Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         d = dim // num_heads
         self.dwc = nn.Conv2d(d, d, kernel_size, padding=kernel_size // 2, groups=d, **factory)

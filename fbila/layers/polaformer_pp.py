@@ -23,6 +23,7 @@ from .axial_rotary import AxialRotary
 from .checks import check_even_head_dim
 from .depthwise_conv import DepthwiseConv2d
 from .grid import as_grid, as_tokens, grid_of, heads_of
+from .linear import Linear
 from .polarity import join_halves, widen
 
 
@@ -68,9 +69,9 @@ class PolaPPAttention(nn.Module):
         self.num_heads = num_heads
         factory = {"device": device, "dtype": dtype}
         features = 2 * dim // num_heads
-        self.qkvg = nn.Linear(dim, 4 * dim, bias=qkv_bias, **factory)
+        self.qkvg = Linear(dim, 4 * dim, bias=qkv_bias, **factory)
         self.lepe = DepthwiseConv2d(dim, 5, **factory)
-        self.proj = nn.Linear(dim, dim, **factory)
+        self.proj = Linear(dim, dim, **factory)
         self.s1 = nn.Parameter(torch.zeros(1, num_heads, 1, features, **factory))
         self.s2 = nn.Parameter(torch.zeros(1, num_heads, 1, features, **factory))
         self.rope = AxialRotary(features, endpoint=True) if rotary else None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..ops import linear_attn
 from .checks import check_heads
 from .grid import heads_of
+from .linear import Linear
 
 
 class SanaLinearAttention(nn.Module):
@@ -62,10 +63,10 @@ class SanaLinearAttention(nn.Module):
         factory = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.eps = eps
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **factory)
         self.q_norm = RMSNorm(dim, norm_eps, **factory) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(dim, norm_eps, **factory) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(dim, dim, **factory)
+        self.proj = Linear(dim, dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mixes the tokens of `x` `(B, N, C)`; float16 is clipped to what is finite in it."""

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from ..layers.depthwise_conv import DepthwiseConv2d
 from ..layers.layer_norm import LayerNorm
+from ..layers.linear import Linear
 from ..layers.pointwise_conv import PointwiseConv2d
 
-for _leaf in (DepthwiseConv2d, LayerNorm, PointwiseConv2d):
+for _leaf in (DepthwiseConv2d, LayerNorm, Linear, PointwiseConv2d):
     register_notrace_module(_leaf)
 
 

@@ -10,13 +10,14 @@ dwc are depthwise 3 x 3 convolutions, from which the tokens know where they are.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates
+from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models.efficientvit_mit import ConvNormAct
 from torch import Tensor, nn
 
 from ..layers.depthwise_conv import DepthwiseConv2d
 from ..layers.layer_norm import LayerNorm
 from .backbone import init_linear
+from .mlp import Mlp
 from .stages import Stage, StagedBackbone, over_grid, with_conv
 
 

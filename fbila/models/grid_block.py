@@ -9,12 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp, register_notrace_module
+from timm.layers import DropPath, register_notrace_module
 from torch import Tensor, nn
 
 from ..layers import FocusedLinearAttention, PolaLinearAttention
 from ..layers.grid import reduced_size, resize_positions
 from ..layers.layer_norm import LayerNorm
+from .mlp import Mlp
 
 # They look at numbers of tokens, of which there are none while a graph is traced.
 register_notrace_module(FocusedLinearAttention)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..layers import MLLALinearAttention
 from ..layers.depthwise_conv import DepthwiseConv2d
+from ..layers.linear import Linear
 from ..ops.silu_gate_library import silu_gate
 from .conv_tokens import TokenBackbone, TokenBlock
 from .default_cfg import imagenet_cfg
@@ -52,12 +53,12 @@ class MLLABlock(TokenBlock):
         **factory: Any,
     ) -> None:
         super().__init__(dim, mlp_ratio, proj_drop, drop_path, **factory)
-        self.in_proj = nn.Linear(dim, dim, **factory)
-        self.act_proj = nn.Linear(dim, dim, **factory)
+        self.in_proj = Linear(dim, dim, **factory)
+        self.act_proj = Linear(dim, dim, **factory)
         self.dwc = DepthwiseConv2d(dim, 3, **factory)
         self.attn = MLLALinearAttention(dim, num_heads, qkv_bias, **factory)
         self.gate = Gate()
-        self.out_proj = nn.Linear(dim, dim, **factory)
+        self.out_proj = Linear(dim, dim, **factory)
 
     def mix(self, x: Tensor) -> Tensor:
         _, H, W, _ = x.shape

@@ -19,6 +19,7 @@ from timm.models import (
 from torch import Tensor, nn
 
 from ..layers import NonCausalSSD
+from ..layers.linear import Linear
 from .conv_tokens import TokenBackbone, TokenBlock
 from .default_cfg import imagenet_cfg
 from .stages import create_staged
@@ -33,8 +34,8 @@ class SoftmaxAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, **factory: Any) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False, **factory)
-        self.to_out = nn.Linear(dim, dim, **factory)
+        self.to_qkv = Linear(dim, 3 * dim, bias=False, **factory)
+        self.to_out = Linear(dim, dim, **factory)
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:
         """Mixes the tokens; rows and columns are as good as any others to it."""

@@ -9,6 +9,8 @@ from timm.models.swin_transformer import SwinTransformerBlock, window_partition
 from torch import Tensor, nn
 
 from ..layers.layer_norm import LayerNorm
+from ..layers.linear import Linear
+from .mlp import Mlp
 from .patches import Fill
 
 
@@ -21,6 +23,10 @@ class WindowBlock(SwinTransformerBlock):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{"norm_layer": partial(LayerNorm, for_maps=True), **options})
+        # As timm has made them, but for how they are trained.
+        for linear in (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2):
+            linear.__class__ = Linear
+        self.mlp.__class__ = Mlp
         self.shift_mask = ShiftMask()
         self.fill = Fill()
 

@@ -1,0 +1,29 @@
+"""A linear layer, maybe of GELU, that keeps and sums less in training than PyTorch's."""
+
+from torch import Tensor, nn
+
+from ..ops.linear import linear
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, whose training on a GPU sums the bias's gradient by a kernel.
+
+    Compiled, in inference and elsewhere it is PyTorch's own.
+
+    Args:
+        in_features, out_features, bias, device, dtype: Those of `nn.Linear`.
+
+    Example:
+        >>> import torch
+        >>> Linear(8, 4)(torch.randn(2, 5, 8), gelu=True).shape
+        torch.Size([2, 5, 4])
+    """
+
+    def forward(self, input: Tensor, gelu: bool = False) -> Tensor:
+        """`(..., I)` -> `(..., O)`.
+
+        Args:
+            input: `(..., I)`.
+            gelu: Whether the map is of its GELU, which is then not kept for the backward pass.
+        """
+        return linear(input, self.weight, self.bias, gelu)

@@ -1,0 +1,37 @@
+"""The feed-forward layer of transformer blocks, `fc2(gelu(fc1(x)))`."""
+
+from typing import Any
+
+from timm.layers import Mlp as TimmMlp
+from torch import Tensor, nn
+
+from ..layers.linear import Linear
+
+
+class Mlp(TimmMlp):
+    """timm's, with GELU, which keeps the hidden layer once for the backward pass and not twice.
+
+    Args:
+        dim: Channels.
+        hidden: Channels of the hidden layer.
+        drop: Dropout probability after either map.
+
+    Example:
+        >>> import torch
+        >>> Mlp(8, 32)(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
+    """
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0, **factory: Any) -> None:
+        super().__init__(dim, hidden, drop=drop, **factory)
+        self.fc1 = Linear(dim, hidden, **factory)
+        self.fc2 = Linear(hidden, dim, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., dim)` to the same shape."""
+        x = self.fc1(x)
+        if type(self.act) is nn.GELU and not (self.training and self.drop1.p > 0):
+            x = self.fc2(x, gelu=True)
+        else:
+            x = self.fc2(self.norm(self.drop1(self.act(x))))
+        return self.drop2(x)

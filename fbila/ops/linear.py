@@ -1,0 +1,106 @@
+"""A linear map, after GELU or not, whose training keeps less and sums biases' gradients faster.
+
+    y = f(x) W^T + b        f: identity or GELU
+
+PyTorch keeps x and GELU(x) for the gradients; here GELU is computed again, by the kernel that
+multiplies by its slope. The gradient of b, a sum over all tokens, is a kernel's as well. Matrix
+products are PyTorch's own.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .autocast import cast_for_autocast
+from .autograd import direct, needs_gradient
+from .library import sum_dtype
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    """`F.linear` of x `(..., I)`, or of its GELU; by kernels where gradients are wanted on a GPU.
+
+    Under autocast all of it is of the lower precision if x is, as PyTorch's own. Gradients of
+    gradients are PyTorch's.
+    """
+    if needs_gradient(x, weight, bias) and direct(x, weight, bias):
+        narrow = cast_for_autocast(x, weight, *([] if bias is None else [bias]))
+        # Of float32 GELU is computed in float32, and cast then.
+        served = narrow[0].dtype == x.dtype or not gelu
+        one = {t.dtype for t in narrow}
+        if served and len(one) == 1 and x.dtype in _DTYPES and x.dim() > 1 and x.numel():
+            return _Linear.apply(*narrow, *([None] if bias is None else []), gelu)
+    return F.linear(F.gelu(x) if gelu else x, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    """Keeps x and weight alone."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, gelu):
+        ctx.save_for_backward(x, weight)
+        ctx.gelu = gelu
+        return F.linear(F.gelu(x) if gelu else x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        # With gradients enabled, gradients of gradients are wanted.
+        differentiate = by_pytorch if torch.is_grad_enabled() else by_kernels
+        return *differentiate(dy, x, weight, ctx.gelu, ctx.needs_input_grad[:3]), None
+
+
+def by_kernels(dy, x, weight, gelu, needs_grad):
+    """dx, dweight and dbias, or None for what is not needed."""
+    need_x, need_w, need_b = needs_grad
+    shape, rows = x.shape, dy.reshape(-1, dy.shape[-1])
+    x = x.reshape(-1, shape[-1])
+    dx = dw = db = None
+    if need_x or gelu:
+        dx = rows @ weight
+    if gelu:
+        dx, x = gelu_backward(x, dx)
+    if need_w:
+        dw = rows.mT @ x
+    if need_b:
+        db = column_sums(rows)
+    return dx.view(shape) if need_x else None, dw, db
+
+
+def by_pytorch(dy, x, weight, gelu, needs_grad):
+    """The same, by operations that can be differentiated."""
+    need_x, need_w, need_b = needs_grad
+    f = F.gelu(x) if gelu else x
+    dx = dw = db = None
+    if need_x:
+        dx = dy @ weight
+        dx = torch.ops.aten.gelu_backward(dx, x) if gelu else dx
+    if need_w:
+        dw = dy.flatten(0, -2).mT @ f.flatten(0, -2)
+    if need_b:
+        db = dy.flatten(0, -2).sum(0)
+    return dx, dw, db
+
+
+def gelu_backward(x: Tensor, df: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient by x, in place of df, and GELU(x); both are contiguous and not empty."""
+    from .kernels.gelu_backward import plan_gelu_backward
+
+    x, f = x.contiguous(), torch.empty_like(df)
+    plan_gelu_backward(x.numel(), x.dtype)(x, df, df, f)
+    return df, f
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """The sum over the rows of x `(R, C)`, which has some."""
+    from .kernels.column_sums import plan_column_sums
+
+    if x.stride(1) != 1 or x.stride(0) < x.shape[1]:
+        x = x.contiguous()
+    R, C = x.shape
+    launch, add_up, parts = plan_column_sums(R, C, x.stride(0) if R > 1 else C, x.dtype)
+    sums, total = x.new_empty(parts, C, dtype=sum_dtype(x)), x.new_empty(C)
+    launch(x, sums)
+    add_up(sums, None, total)
+    return total
