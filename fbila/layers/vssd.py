@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from ..ops import simple_la
 from ..ops.autograd import direct
 from ..ops.gated_norm_library import gated_norm
+from ..ops.linear import linear
 from .checks import check_heads, check_kernel_size
 from .depthwise_conv import DepthwiseConv2d
 from .grid import as_grid, as_tokens, grid_of, heads_of
 from .layer_norm import LayerNorm
+from .linear import Linear
 from .plain_modules import plain
 
 # Numbers of 16 bits in 16 bytes.
@@ -79,13 +81,13 @@ class NonCausalSSD(nn.Module):
         self.d_state = d_state
         self.d_inner = expand * dim
         mixed = self.d_inner + 2 * d_state
-        self.in_proj = nn.Linear(dim, self.d_inner + mixed + num_heads, bias=bias, **factory)
+        self.in_proj = Linear(dim, self.d_inner + mixed + num_heads, bias=bias, **factory)
         self.conv2d = DepthwiseConv2d(mixed, d_conv, conv_bias, **factory)
         self.dt_bias = nn.Parameter(torch.empty(num_heads, **factory))
         self.A_log = nn.Parameter(torch.empty(num_heads, **factory))
         self.D = nn.Parameter(torch.ones(num_heads, **factory))
         self.norm = LayerNorm(self.d_inner, **factory)
-        self.out_proj = nn.Linear(self.d_inner, dim, bias=bias, **factory)
+        self.out_proj = Linear(self.d_inner, dim, bias=bias, **factory)
         self.init_steps()
 
     @torch.no_grad()
@@ -141,11 +143,11 @@ class NonCausalSSD(nn.Module):
         """
         sizes = (self.d_inner, self.d_inner + 2 * self.d_state, self.num_heads)
         more = -sum(sizes) % ALIGNED
-        if not more or not plain(self.in_proj, nn.Linear):
+        if not more or not plain(self.in_proj, Linear):
             return self.in_proj(x).split(sizes, -1)
         bias = self.in_proj.bias
         weight = F.pad(self.in_proj.weight, (0, 0, 0, more))
-        y = F.linear(x, weight, None if bias is None else F.pad(bias, (0, more)))
+        y = linear(x, weight, None if bias is None else F.pad(bias, (0, more)))
         # Split at once: of a part of it the gradient would have to be copied.
         return y.split((*sizes, more), -1)[:3]
 

@@ -14,6 +14,7 @@ from fbila.ops.depthwise_conv_library import depthwise_conv
 from fbila.ops.gated_conv_library import gated_depthwise_conv
 from fbila.ops.gated_norm_library import gated_norm
 from fbila.ops.geglu_library import geglu
+from fbila.ops.linear import linear
 from fbila.ops.lite_mla_library import lite_mla
 from fbila.ops.norm_library import layer_norm, layer_norm_leaky_relu
 from fbila.ops.rms_norm_library import rms_norm
@@ -109,6 +110,10 @@ def rows(dtype: torch.dtype):
         yield f"silu_gate {D}", y
         for gradient in torch.autograd.grad(y, (x_, g), torch.ones_like(y)):
             yield f"gradients of silu_gate {D}", gradient
+        leaves = [torch.randn(n, device="cuda").to(dtype).requires_grad_() for n in (D * D, D)]
+        y = linear(x_, leaves[0].view(D, D), leaves[1], gelu=True)
+        for gradient in torch.autograd.grad(y, (x_, *leaves), torch.full_like(y, 1 / 64)):
+            yield f"gradients of linear {D}", gradient
         y = layer_norm_leaky_relu(x.unflatten(1, (2, D)).transpose(0, 1), weight, weight, 1e-5, 0.1)
         yield f"norm with activation {D}", y
         for gradient in torch.autograd.grad(y, (x, weight), torch.ones_like(y)):

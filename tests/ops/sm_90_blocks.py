@@ -21,6 +21,7 @@ from fbila.ops import (
     geglu_library,
     group_norm_backward_library,
     group_norm_library,
+    linear,
     norm_library,
     rms_norm_library,
     separable_conv_library,
@@ -175,6 +176,9 @@ def calls():
     x = planes(2, 256, 320)
     yield "silu_gate", partial(silu_gate_library.in_kernel, x, x)
     yield "gradient of silu_gate", partial(silu_gate_library.backward_in_kernel, x, x, x)
+    for C in (96, 384, 1000):
+        yield f"column_sums {C}", partial(linear.column_sums, x.new_zeros(512, C))
+    yield "gelu_backward", partial(linear.gelu_backward, x, x)
     # Local position encodings beside values that are a part of a projection.
     for C, side, k in ((96, 56, 5), (64, 56, 3), (384, 14, 3)):
         for dtype in (torch.bfloat16, torch.float32):
