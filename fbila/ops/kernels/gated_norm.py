@@ -20,8 +20,8 @@ import triton.language as tl
 from .add_up import plan_add_up
 from .launch import Launch, kernel
 from .norm import in_units
-from .norm_backward import MULTIPROCESSORS, NARROW, TILES, WARP
-from .norm_kernels import normalized, row_sums
+from .norm_backward import MULTIPROCESSORS, NARROW, TILES, WARP, row_sums
+from .norm_kernels import normalized
 from .tiling import Tiling
 
 
@@ -70,16 +70,16 @@ def grad_gated_norm_kernel(
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
     start, step = i_b * BLOCK, tl.num_programs(0) * BLOCK
-    o_b = tl.arange(0, BLOCK)[None, :, None]
-    o_d = (tl.arange(0, PIECES) * PIECE)[:, None, None] + tl.arange(0, PIECE)[None, None, :]
+    o_b = tl.arange(0, BLOCK)[:, None, None]
+    o_d = (tl.arange(0, PIECES) * PIECE)[None, :, None] + tl.arange(0, PIECE)[None, None, :]
     inside = o_d < D
     b_s = tl.load(scale + o_d // HEAD, mask=inside, other=0.0).to(ACC)
     b_w = tl.load(weight + o_d, mask=inside, other=0.0).to(ACC)
     b_b = tl.load(bias + o_d, mask=inside, other=0.0).to(ACC)
     # Of each row of a tile, so that warps hear of one another once.
-    b_dw = tl.zeros((PIECES, BLOCK, PIECE), ACC)
-    b_ds = tl.zeros((PIECES, BLOCK, PIECE), ACC)
-    b_db = tl.zeros((PIECES, BLOCK, PIECE), ACC)
+    b_dw = tl.zeros((BLOCK, PIECES, PIECE), ACC)
+    b_ds = tl.zeros((BLOCK, PIECES, PIECE), ACC)
+    b_db = tl.zeros((BLOCK, PIECES, PIECE), ACC)
     for first in range(start, rows, step):
         o_r = first + o_b
         mask = (o_r < rows) & inside
@@ -106,9 +106,9 @@ def grad_gated_norm_kernel(
         tl.store(dx + p_r, b_da.to(dx.dtype.element_ty), mask=mask)
         tl.store(dv + p_r, (b_s * b_da).to(dv.dtype.element_ty), mask=mask)
     p_sums = sums + i_b * (3 * D) + o_d
-    tl.store(p_sums, tl.sum(b_dw, 1, keep_dims=True), mask=inside)
-    tl.store(p_sums + D, tl.sum(b_ds, 1, keep_dims=True), mask=inside)
-    tl.store(p_sums + 2 * D, tl.sum(b_db, 1, keep_dims=True), mask=inside)
+    tl.store(p_sums, tl.sum(b_dw, 0, keep_dims=True), mask=inside)
+    tl.store(p_sums + D, tl.sum(b_ds, 0, keep_dims=True), mask=inside)
+    tl.store(p_sums + 2 * D, tl.sum(b_db, 0, keep_dims=True), mask=inside)
 
 
 def fits(width: int, dtype: torch.dtype) -> bool:

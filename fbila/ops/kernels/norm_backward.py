@@ -21,14 +21,19 @@ from ..memory_format import dtypes_of
 from .add_up import plan_add_up
 from .launch import Launch, kernel
 from .norm import ELEMENTS, in_units
-from .norm_kernels import row_sums
 from .tiling import Tiling
 
-# Bytes that one warp sums at a time, and of the longest rows that it has to itself.
+# Bytes that one warp sums at a time, and of the longest rows that are no more than two warps'.
 WARP, NARROW = 2048, 4096
 # Multiprocessors of the largest GPU, and tiles of a program where that leaves one for each of them:
 # its sums are about as many bytes as a tile.
 MULTIPROCESSORS, TILES = 132, 4
+
+
+@triton.jit
+def row_sums(b):
+    """Of tiles `(BLOCK, PIECES, PIECE)`, whose first axis Triton 3.6 deals out to warps."""
+    return tl.sum(tl.sum(b, 1), 1)[:, None, None]
 
 
 @kernel
@@ -42,8 +47,8 @@ def grad_norm_kernel(
     i_p = tl.program_id(1).to(tl.int64)
     i_b = tl.program_id(0).to(tl.int64)
     start, step = i_b * BLOCK, tl.num_programs(0) * BLOCK
-    o_b = tl.arange(0, BLOCK)[None, :, None]
-    o_d = (tl.arange(0, PIECES) * PIECE)[:, None, None] + tl.arange(0, PIECE)[None, None, :]
+    o_b = tl.arange(0, BLOCK)[:, None, None]
+    o_d = (tl.arange(0, PIECES) * PIECE)[None, :, None] + tl.arange(0, PIECE)[None, None, :]
     inside = o_d < D
     p_x = x + i_p * stride_xp * UNIT + o_d
     p_dy = dy + i_p * stride_yp * UNIT + o_d
@@ -57,8 +62,8 @@ def grad_norm_kernel(
         b_b = tl.load(bias + i_p * D + o_d, mask=inside, other=0.0).to(ACC)
     if sums is not None:
         # Of each row of a tile, so that warps are heard of one another once.
-        b_dw = tl.zeros((PIECES, BLOCK, PIECE), ACC)
-        b_db = tl.zeros((PIECES, BLOCK, PIECE), ACC)
+        b_dw = tl.zeros((BLOCK, PIECES, PIECE), ACC)
+        b_db = tl.zeros((BLOCK, PIECES, PIECE), ACC)
     for first in range(start, rows, step):
         # The next rows are on their way while these are differentiated.
         b_h, b_dz, o_r = b_next.to(ACC), b_dnext.to(ACC), first + step + o_b
@@ -85,8 +90,8 @@ def grad_norm_kernel(
             tl.store(p_dx, (b_dx * b_r).to(dx.dtype.element_ty), mask=(o_r < rows) & inside)
     if sums is not None:
         p_sums = sums + (i_p * tl.num_programs(0) + i_b) * (2 * D) + o_d
-        tl.store(p_sums, tl.sum(b_dw, 1, keep_dims=True), mask=inside)
-        tl.store(p_sums + D, tl.sum(b_db, 1, keep_dims=True), mask=inside)
+        tl.store(p_sums, tl.sum(b_dw, 0, keep_dims=True), mask=inside)
+        tl.store(p_sums + D, tl.sum(b_db, 0, keep_dims=True), mask=inside)
 
 
 @lru_cache(maxsize=1024)
@@ -111,7 +116,8 @@ def plan_grad_norm(
     elements, warps = WARP // itemsize, 4
     if width <= NARROW // itemsize:
         # Rows of its own for each warp, whose sums need no barrier, cut into what it has of one.
-        block = warps * max(1, elements // width)
+        # The longest take too many registers for that, and are two warps' each.
+        block = warps * elements // width
         piece = min(width, 256)
     else:
         block, piece = max(1, ELEMENTS // width), width
