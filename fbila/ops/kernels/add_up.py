@@ -8,6 +8,7 @@ more sets than channels, each group has C of its own. They are added up in one o
 from functools import lru_cache
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
@@ -27,7 +28,8 @@ def add_up_kernel(
     m_r = o_r < sets
     # A sample's own taps have parts of their own.
     i_g, o_c = (o_r // channels).to(tl.int64), o_r % channels
-    total = tl.zeros((COLUMNS,), dtype=ACC)
+    # Added up at the end: in between nothing waits for the other threads.
+    total = tl.zeros((AT_A_TIME, COLUMNS), dtype=ACC)
     # Every head of every part.
     for first in range(0, parts * repeats, AT_A_TIME):
         o_h = first + tl.arange(0, AT_A_TIME)
@@ -35,7 +37,8 @@ def add_up_kernel(
         o_s = ((i_g * parts)[None, :] + o_p[:, None]) * ((TAPS + 1) * channels)
         o_s += i_t * channels + (head * sets)[:, None] + o_c[None, :]
         m_s = (o_p < parts)[:, None] & m_r[None, :]
-        total += tl.sum(tl.load(sums + o_s, mask=m_s, other=0.0), 0)
+        total += tl.load(sums + o_s, mask=m_s, other=0.0)
+    total = tl.sum(total, 0)
     if i_t < TAPS:
         if dtaps is not None:
             tl.store(dtaps + o_r.to(tl.int64) * TAPS + i_t, total.to(dtaps.dtype.element_ty), m_r)
@@ -44,8 +47,19 @@ def add_up_kernel(
 
 
 @lru_cache(maxsize=1024)
-def plan_add_up(channels: int, sets: int, parts: int, taps: int, acc: Any) -> Launch:
-    """For `parts` of each group. acc: the dtype of the sums, as Triton has it."""
+def plan_add_up(
+    channels: int,
+    sets: int,
+    parts: int,
+    taps: int,
+    acc: Any,
+    others: tuple[torch.dtype | None, ...],
+) -> Launch:
+    """For `parts` of each group.
+
+    acc: The dtype of the sums, as Triton has it.
+    others: dtypes of dtaps and dbias, which the kernel is compiled for as well.
+    """
     return Launch(
         add_up_kernel,
         (triton.cdiv(sets, COLUMNS), taps + 1),

@@ -71,4 +71,4 @@ def plan_column_sums(
         {"UNIT": unit, "ROWS": tall, "BLOCK": block, "ACC": acc},
         {"num_warps": 4, "num_stages": 1},
     )
-    return launch, plan_add_up(columns, columns, parts, 0, acc), parts
+    return launch, plan_add_up(columns, columns, parts, 0, acc, (None, dtype)), parts

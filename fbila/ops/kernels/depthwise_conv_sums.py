@@ -177,5 +177,5 @@ def plan_depthwise_conv_sums(
         {"num_warps": plan.warps, "num_stages": 1},
     )  # fmt: skip
     taps = kernel_size**2
-    add_up = plan_add_up(C, sets, parts, taps, sums.constants["ACC"])
+    add_up = plan_add_up(C, sets, parts, taps, sums.constants["ACC"], dtypes[2:])
     return sums, add_up, (groups * parts, taps + 1, C)

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..memory_format import dtypes_of
 from .add_up import plan_add_up
 from .launch import Launch, kernel
 from .norm import in_units
@@ -166,4 +167,5 @@ def add_up(sums: torch.Tensor, of_channels: torch.Tensor, dbias: torch.Tensor) -
     """dw and, channel by channel, ds into `(D, 2)`, and db."""
     parts, _, D = sums.shape
     acc = tl.float64 if sums.dtype == torch.float64 else tl.float32
-    plan_add_up(D, D, parts, 2, acc)(sums, of_channels, dbias)
+    others = dtypes_of(of_channels, dbias)
+    plan_add_up(D, D, parts, 2, acc, others)(sums, of_channels, dbias)

@@ -54,6 +54,8 @@ class Launch:
         self.options = options
         # What Triton compiled, by device, missing tensors and alignment of the others.
         self.compiled: dict[Any, Any] = {}
+        # Without a GPU, the dtypes that it was called with, by missing tensors.
+        self.dtypes: dict[Any, Any] = {}
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         assert len(tensors) + len(self.tail) == len(self.kernel.arg_names)
@@ -63,6 +65,7 @@ class Launch:
             launch(self.kernel, self.grid, tensors, self.numbers, self.constants, self.options)
             return
         if not first.is_cuda:
+            self._check(tensors)
             self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
             return
         device = first.get_device()
@@ -79,6 +82,13 @@ class Launch:
             self.compiled[key] = self._starter(self._first(tensors), device)
         else:
             start(*pointers)
+
+    def _check(self, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        """What the interpreter would forgive: that what was compiled is for other dtypes."""
+        dtypes = [None if x is None else x.dtype for x in tensors]
+        there = tuple(dtype is not None for dtype in dtypes)
+        before = self.dtypes.setdefault(there, dtypes)
+        assert dtypes == before, f"{self.kernel.__name__} is launched for {before}, not {dtypes}"
 
     def _first(self, tensors: tuple[torch.Tensor | None, ...]) -> Any:
         """Run, and return what Triton compiled.

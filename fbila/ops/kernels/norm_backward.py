@@ -147,7 +147,7 @@ def plan_grad_norm(
         # Several threads make one sum over rows, which has to be the same in all of them: see norms
         # in docs/kernels.md.
         {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False},
-    ), plan_add_up(D, P * D, programs, 1, acc)
+    ), plan_add_up(D, P * D, programs, 1, acc, (dtype_w, dtype_b))
 
 
 @lru_cache(maxsize=1024)
