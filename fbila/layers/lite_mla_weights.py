@@ -26,9 +26,7 @@ def weights_of(layer: Any, x: Tensor) -> list[Tensor | None] | None:
     if type(x) is not Tensor or x.dim() != 4 or not has_kernels(x):
         return None
     # Compilers are given the operation; what else traces or transforms sees the modules.
-    if not torch.compiler.is_compiling() and (
-        not ordinary(x) or torch._C._get_tracing_state() is not None
-    ):
+    if not torch.compiler.is_compiling() and not ordinary(x):
         return None
     convolutions = _convolutions(layer)
     if convolutions is None or layer.dim > MAX_HEAD_DIM:

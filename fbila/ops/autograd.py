@@ -23,6 +23,7 @@ def ordinary(*tensors: torch.Tensor | None) -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch.autograd.forward_ad._current_level < 0
         and all(x is None or (type(x) in _ORDINARY and not x.is_meta) for x in tensors)

@@ -49,7 +49,7 @@ def _is(reference: weakref.ref, x: torch.Tensor) -> bool:
 
 def _known(sources: tuple[torch.Tensor, ...]) -> bool:
     """Whether it can be told if they have changed, and what is made of them is there at once."""
-    if torch.jit.is_tracing() or not ordinary(*sources):
+    if not ordinary(*sources):
         return False
     if any(x.requires_grad or x.is_inference() for x in sources):
         return False

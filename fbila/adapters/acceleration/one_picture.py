@@ -27,7 +27,7 @@ def scales_of(
     1)`, and for them: for another form, dtype or order of x, or where a gradient is wanted, a graph
     is made, or a module has a hook.
     """
-    if not direct(x, weight) or torch._C._get_tracing_state() is not None:
+    if not direct(x, weight):
         return None
     if x.dtype not in _DTYPES or read_by_maps(x) != x.dtype or not fits(weight, x):
         return None
