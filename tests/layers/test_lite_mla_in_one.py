@@ -28,6 +28,7 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(lite_mla, "lite_mla", watched)
     monkeypatch.setattr(lite_mla_weights, "has_kernels", lambda x: True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return pictures
 
 
