@@ -11,6 +11,8 @@ from fbila.layers.depthwise_conv import DepthwiseConv2d
 from fbila.layers.layer_norm import LayerNorm
 from fbila.layers.linear import Linear
 from fbila.layers.pointwise_conv import PointwiseConv2d
+from fbila.models.conv_tokens import ConvStem
+from fbila.models.ravlt import RAVLTStem
 
 from . import official_pictures as pictures
 from . import official_tokens as tokens
@@ -37,12 +39,24 @@ def linear(self: nn.Linear, x: Tensor, gelu: bool = False) -> Tensor:
     return nn.Linear.forward(self, F.gelu(x) if gelu else x)
 
 
+def conv_stem(self: ConvStem, x: Tensor) -> Tensor:
+    x = self.conv1(x)
+    return self.conv3(self.conv2(x) + x).permute(0, 2, 3, 1).contiguous()
+
+
+def ravlt_stem(self: RAVLTStem, x: Tensor) -> Tensor:
+    return self.proj(x).permute(0, 2, 3, 1).contiguous()
+
+
 # What the models have in place of PyTorch's own modules.
 MODULES = {
     DepthwiseConv2d: convolution,
     LayerNorm: nn.LayerNorm.forward,
     Linear: linear,
     PointwiseConv2d: nn.Conv2d.forward,
+    # In NCHW.
+    ConvStem: conv_stem,
+    RAVLTStem: ravlt_stem,
 }
 OFFICIAL = {
     layers.FocusedLinearAttention: tokens.focused,

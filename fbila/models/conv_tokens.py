@@ -10,12 +10,14 @@ dwc are depthwise 3 x 3 convolutions, from which the tokens know where they are.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models.efficientvit_mit import ConvNormAct
 from torch import Tensor, nn
 
 from ..layers.depthwise_conv import DepthwiseConv2d
 from ..layers.layer_norm import LayerNorm
+from ..layers.pointwise_conv import PointwiseConv2d
 from .backbone import init_linear
 from .mlp import Mlp
 from .stages import Stage, StagedBackbone, over_grid, with_conv
@@ -38,9 +40,9 @@ class ConvStem(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x)
-        x = self.conv3(self.conv2(x) + x)
         # As the norms and linear layers of all blocks read it.
+        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        x = self.conv3(self.conv2(x) + x)
         return x.permute(0, 2, 3, 1).contiguous()
 
 
@@ -56,6 +58,9 @@ class ConvDownsample(nn.Module):
             ConvNormAct(wide, wide, 3, stride=2, groups=wide, **plain),
             ConvNormAct(wide, 2 * dim, 1, bias=True, act_layer=None, **factory),
         )
+        # The same, but that a product adds the bias.
+        for layer in (self.conv[0], self.conv[2]):
+            layer.conv.__class__ = PointwiseConv2d
 
     def forward(self, x: Tensor) -> Tensor:
         return over_grid(self.conv, x)

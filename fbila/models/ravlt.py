@@ -51,7 +51,9 @@ class RAVLTStem(nn.Module):
         self.proj = nn.Sequential(*layers, *_conv_norm(half, dim, 2, **factory))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).permute(0, 2, 3, 1).contiguous()
+        # As all blocks read it.
+        x = self.proj(x.contiguous(memory_format=torch.channels_last))
+        return x.permute(0, 2, 3, 1).contiguous()
 
 
 class RAVLTDownsample(nn.Module):
