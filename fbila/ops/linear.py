@@ -16,6 +16,8 @@ from .autograd import direct, needs_gradient
 from .library import sum_dtype
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Elements of x or y, the larger, from which kernels save more than Python's part of them takes.
+FEWEST = 2**25
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
@@ -24,14 +26,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
     Under autocast all of it is of the lower precision if x is, as PyTorch's own. Gradients of
     gradients are PyTorch's.
     """
-    if needs_gradient(x, weight, bias) and direct(x, weight, bias):
+    if needs_gradient(x, weight, bias) and direct(x, weight, bias) and _is_large(x, weight):
         narrow = cast_for_autocast(x, weight, *([] if bias is None else [bias]))
         # Of float32 GELU is computed in float32, and cast then.
         served = narrow[0].dtype == x.dtype or not gelu
         one = {t.dtype for t in narrow}
-        if served and len(one) == 1 and x.dtype in _DTYPES and x.dim() > 1 and x.numel():
+        if served and len(one) == 1 and x.dtype in _DTYPES and x.dim() > 1:
             return _Linear.apply(*narrow, *([None] if bias is None else []), gelu)
     return F.linear(F.gelu(x) if gelu else x, weight, bias)
+
+
+def _is_large(x: Tensor, weight: Tensor) -> bool:
+    O, I = weight.shape
+    return I > 0 and x.numel() // I * max(I, O) >= FEWEST
 
 
 class _Linear(torch.autograd.Function):
@@ -41,7 +48,14 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, gelu):
         ctx.save_for_backward(x, weight)
         ctx.gelu = gelu
-        return F.linear(F.gelu(x) if gelu else x, weight, bias)
+        rows = (F.gelu(x) if gelu else x).reshape(-1, x.shape[-1])
+        # Not a view, as F.linear's is: what a function returns as one may not be changed in place.
+        y = x.new_empty(*x.shape[:-1], len(weight))
+        if bias is None:
+            torch.mm(rows, weight.t(), out=y.view(-1, len(weight)))
+        else:
+            torch.addmm(bias, rows, weight.t(), out=y.view(-1, len(weight)))
+        return y
 
     @staticmethod
     def backward(ctx, dy):

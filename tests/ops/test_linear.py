@@ -133,7 +133,9 @@ def test_the_function(bias):
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 @pytest.mark.parametrize("gelu", [False, True])
-def test_it_is_served_on_a_gpu_also_under_autocast(gelu):
+def test_it_is_served_on_a_gpu_also_under_autocast(monkeypatch, gelu):
+    assert "_Linear" not in type(linear(*problem(torch.float32)[0], gelu).grad_fn).__name__
+    monkeypatch.setattr(library, "FEWEST", 1)
     leaves, dy = problem(torch.float32)
     assert "_Linear" in type(linear(*leaves, gelu).grad_fn).__name__
     with torch.autocast("cuda", torch.bfloat16):
@@ -145,3 +147,15 @@ def test_it_is_served_on_a_gpu_also_under_autocast(gelu):
     for f, w in zip(found, torch.autograd.grad(plain, leaves[1:], dy.bfloat16()), strict=True):
         assert f.dtype == torch.float32
         assert (f - w).norm() <= 4 * torch.finfo(torch.bfloat16).eps * w.norm()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_results_may_be_changed_in_place(bias):
+    leaves, dy = problem(torch.float32)
+    given = [*leaves[:2], leaves[2] if bias else None]
+    y = _Linear.apply(*given, False)
+    F.relu(y.permute(0, 2, 1), inplace=True)
+    expected = F.relu(F.linear(*given))
+    torch.testing.assert_close(y, expected)
+    found, wanted = (torch.autograd.grad(t, leaves[:2], dy) for t in (y, expected))
+    torch.testing.assert_close(found, wanted)
