@@ -29,7 +29,7 @@ def column_sums_kernel(
     x, sums, stride: "i64", rows: "i64", width: "i32",
     UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    C = width.to(tl.int64) * UNIT
+    C = tl.cast(width, tl.int64) * UNIT
     # Blocks of columns are fastest: programs that run together share the lines they meet in.
     blocks = tl.cdiv(C, BLOCK).to(tl.int32)
     i_p, parts = tl.program_id(0) // blocks, tl.num_programs(0) // blocks

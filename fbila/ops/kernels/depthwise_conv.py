@@ -97,7 +97,7 @@ def depthwise_conv_kernel(
     BLOCK: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # Blocks of channels are fastest: programs that run together share the lines they meet in.
-    C = channels.to(tl.int64) * UNIT_C
+    C = tl.cast(channels, tl.int64) * UNIT_C
     blocks = tl.cdiv(C, BLOCK).to(tl.int32)
     o_c = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     lane = tl.program_id(0) // blocks * LANES + tl.arange(0, LANES)
@@ -109,7 +109,7 @@ def depthwise_conv_kernel(
 
     b_0 = tl.zeros((LANES, BLOCK), dtype=ACC)
     # As many sets of taps as there are, in turn: one for all channels, for a head's, or a sample's.
-    o_t = ((i_b * of_samples)[:, None] * C + o_c[None, :]) % (sets.to(tl.int64) * UNIT_C)
+    o_t = ((i_b * of_samples)[:, None] * C + o_c[None, :]) % (tl.cast(sets, tl.int64) * UNIT_C)
     b_taps = load_taps(taps + o_t * (KERNEL * KERNEL), there, b_0, KERNEL, TURNED, RESIDUAL)
     if bias is not None:
         b_0 += tl.load(bias + o_t, mask=there, other=0.0).to(ACC)

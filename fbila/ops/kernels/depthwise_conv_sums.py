@@ -63,7 +63,7 @@ def depthwise_conv_sums_kernel(
     BLOCK: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     SIDE: tl.constexpr = KERNEL // 2
-    C = channels.to(tl.int64) * UNIT_C
+    C = tl.cast(channels, tl.int64) * UNIT_C
     blocks = tl.cdiv(C, BLOCK).to(tl.int32)
     o_c = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     i_p = tl.program_id(0) // blocks

@@ -73,7 +73,7 @@ def chunk_offset(
     ORDER: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Elements from a token's start to its chunk `i`, counted over all heads."""
-    heads = (i // CHUNKS) * stride_h.to(tl.int64)
+    heads = (i // CHUNKS) * tl.cast(stride_h, tl.int64)
     first = (i % CHUNKS) * WIDTH
     if ORDER == "head_dim":
         return heads * UNIT + first

@@ -99,7 +99,7 @@ def load_parts(
     o = i + tl.arange(0, BLOCK)
     mask = o < group_channels * parts
     # In parts of the whole, which is not a sum that could grow large.
-    whole = 1.0 / (positions.to(ACC) * group_channels)
+    whole = 1.0 / (tl.cast(positions, ACC) * group_channels)
     share = tl.minimum(positions - (o % parts) * part, part).to(ACC) * whole
     b_z = added(shift, x_bias, row, first + o // parts, mask, ACC)
     b_z += tl.load(p_part + o, mask=mask, other=0.0)

@@ -105,7 +105,7 @@ def group_grad_merge_kernel(
         mask = o < parts_of_group
         b_sum += tl.load(p_part + o, mask=mask, other=0.0)
         b_dot += tl.load(p_part + all_parts + o, mask=mask, other=0.0)
-    whole = 1.0 / (positions.to(ACC) * group_channels)
+    whole = 1.0 / (tl.cast(positions, ACC) * group_channels)
     p_group = scratch + 2 * all_parts + i_g
     tl.store(p_group, tl.sum(b_sum, 0) * whole)
     tl.store(p_group + all_groups, tl.sum(b_dot, 0) * whole)

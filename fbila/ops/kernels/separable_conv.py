@@ -65,7 +65,7 @@ def separable_conv_kernel(
     # Groups are fastest: in channels_last they share the lines that theirs begin and end in.
     i_g, lane = (tl.program_id(0) % groups).to(tl.int64), tl.program_id(0) // groups * LANES
     W = width * UNIT_W
-    C = groups.to(tl.int64) * D
+    C = tl.cast(groups, tl.int64) * D
     o_d = tl.arange(0, BLOCK_D)
     o_c = i_g * D + o_d
     m_d = o_d < D
