@@ -135,7 +135,14 @@ def refuse_second_derivative(
                 f"{names} cannot be differentiated twice by their kernels. {instead}"
             )
 
-    LIBRARY.impl(op, lambda *arguments: Refusal.apply(*arguments), "Autograd")
+    def run(*arguments):
+        # The dispatcher calls this in the backward passes of compilers as well.
+        if torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
+            return Refusal.apply(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.fbila, op).default(*arguments)
+
+    LIBRARY.impl(op, run, "Autograd")
 
 
 differentiable_by("linear_attn", LinearAttn.apply, library.inference)

@@ -7,7 +7,8 @@ token share; `kernels/focus.py` finds those before, and takes the gradient of f 
 
 import torch
 
-from .autograd import differentiable_by, refuse_second_derivative
+from .autograd import differentiable_by, needs_gradient, ordinary, refuse_second_derivative
+from .inlining import inline
 from .layout import empty_like_order
 from .library import LIBRARY, backward_of, empty_inverse, empty_state, forward_of
 
@@ -123,18 +124,33 @@ class FocusedLA(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         ctx.options = arguments[6:]
-        with torch._C._AutoDispatchBelowAutograd():
-            o, *kept = torch.ops.fbila.focused_la_forward(*arguments)
+        if ordinary(*arguments[:6]):
+            o, *kept = forward(*arguments)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                o, *kept = torch.ops.fbila.focused_la_forward(*arguments)
         ctx.save_for_backward(*arguments[:6], *kept)
         return o
 
     @staticmethod
     def backward(ctx, do):
-        run = torch.ops.fbila.focused_la_backward
+        # With gradients enabled, gradients of gradients are wanted, which the op refuses.
+        unseen = not torch.is_grad_enabled() and ordinary(do, *ctx.saved_tensors)
+        run = backward if unseen else torch.ops.fbila.focused_la_backward
         gradients = run(do, *ctx.saved_tensors, *ctx.options)
         wanted = zip(gradients, ctx.needs_input_grad, strict=False)
         return (*(x if needed else None for x, needed in wanted), *[None] * 4)
 
 
+def focused_la(q, k, v, columns, key_mask, total, *options):
+    """`fbila::focused_la`, straight away where nothing stands in between."""
+    inputs = (q, k, v, columns, key_mask, total)
+    if not ordinary(*inputs):
+        return torch.ops.fbila.focused_la(*inputs, *options)
+    run = FocusedLA.apply if needs_gradient(q, k, v, columns) else inference
+    return run(*inputs, *options)
+
+
 differentiable_by("focused_la", FocusedLA.apply, inference)
+inline("focused_la", inference)
 refuse_second_derivative("focused_la_backward", "focused_la")

@@ -4,7 +4,7 @@ import torch
 
 from . import (
     autograd,
-    focused_library,  # noqa: F401 - defines the op
+    focused_library,
 )
 from .autocast import cast_for_autocast
 from .checks import (
@@ -250,7 +250,7 @@ def focused_la(
     if choose_implementation(impl, q.device, q.dtype) == "reference":
         return focused_la_reference(q, k, v, focusing_factor, scale, eps, key_mask)
     keys = kernel_keys(k, None, key_mask, count=True)
-    return torch.ops.fbila.focused_la(
+    return focused_library.focused_la(
         q, k, v, kernel_columns(scale, q), keys.mask, keys.total, float(focusing_factor), eps
     )
 

@@ -18,9 +18,12 @@ from torch.fx.experimental.symbolic_shapes import (
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fbila import linear_attn
+from fbila import focused_la, linear_attn
 from fbila.ops import inlining
+from fbila.ops.depthwise_conv_library import depthwise_conv
 from fbila.ops.norm_library import layer_norm_leaky_relu
+from fbila.ops.signed_map_library import signed_map
+from fbila.ops.silu_gate_library import silu_gate
 
 
 class Driver:
@@ -88,6 +91,15 @@ def main():
         graphs = {f"{D} {N}": parts(attend, *heads(D, N)) for D in (8, 40, 160) for N in (64, 4096)}
         weights = [torch.empty(2, 32, device="cuda", dtype=torch.float16) for _ in range(2)]
         graphs["norm"] = parts(norm, torch.empty_like(weights[0])[:, None], *weights)
+        graphs["focused"] = parts(focused_la, *heads(32, 3136))
+        q, _, v = heads(32, 3136)
+        graphs["signed_map"] = parts(lambda x: signed_map(x, None, None, "expm1")[0], q)
+        graphs["silu_gate"] = parts(silu_gate, weights[0], weights[1])
+        grid = v.transpose(1, 2).flatten(2).unflatten(1, (56, 56))
+        taps, bias = torch.empty(257, 1, 5, 5, device="cuda", dtype=torch.float16).split((256, 1))
+        bias = bias.new_empty(256)
+        graphs["depthwise_conv"] = parts(depthwise_conv, grid, taps, bias)
+        graphs["with all"] = parts(depthwise_conv, grid, taps, bias, grid + 1, grid)
         graphs["float64"] = parts(attend, *heads(64, 300, torch.float64))
         graphs["nothing"] = parts(attend, *heads(64, 0))
         far = torch.empty(1, device="cuda", dtype=torch.float16)

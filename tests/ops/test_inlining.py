@@ -52,6 +52,19 @@ def test_norms_are_kernels(on_hopper):
     assert on_hopper["norm"] == [["kernel", "o"]]
 
 
+@pytest.mark.parametrize("case", ["silu_gate", "depthwise_conv", "with all"])
+def test_what_is_around_attention_is_a_kernel(case, on_hopper):
+    assert on_hopper[case] == [["kernel", "y"]]
+
+
+def test_maps_and_focused_attention_are_kernels(on_hopper):
+    ((kind, *written),) = on_hopper["signed_map"]
+    assert kind == "kernel" and written == ["y"]
+    *rows, state, total, output = on_hopper["focused"]
+    assert rows == 2 * [["kernel", "rows"]]
+    assert [state, total, output] == [["kernel", "partial"], ["kernel", "state"], ["kernel", "o"]]
+
+
 @pytest.mark.parametrize("case", ["float64", "far", "symbols", "exported"])
 def test_elsewhere_the_op_stays(case, on_hopper):
     assert on_hopper[case] == [["fbila.linear_attn.default"]]
