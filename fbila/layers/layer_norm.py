@@ -12,8 +12,8 @@ from ..ops.norm_library import layer_norm
 # A program keeps a whole row.
 MOST = 4096
 # What autocast casts, and all that the kernels read.
-_CAST = (torch.float16, torch.bfloat16, torch.float32)
-_DTYPES = (*_CAST, torch.float64)
+_CAST = {torch.float16, torch.bfloat16, torch.float32}
+_DTYPES = _CAST | {torch.float64}
 
 
 class LayerNorm(nn.LayerNorm):
@@ -63,15 +63,18 @@ class LayerNorm(nn.LayerNorm):
 
     def _dtype_of_kernel(self, x: Tensor) -> torch.dtype | None:
         """What the kernel answers in; None where it does not stand for PyTorch's own."""
-        weights = [t for t in (self.weight, self.bias) if t is not None]
-        if not direct(x, *weights) or x.shape[-1:] != self.normalized_shape or x.shape[-1] > MOST:
+        weight, bias = self.weight, self.bias
+        if not direct(x, weight, bias) or x.shape[-1:] != self.normalized_shape:
             return None
+        if self.normalized_shape[0] > MOST:
+            return None
+        kinds = {t.dtype for t in (x, weight, bias) if t is not None}
         if torch.is_autocast_enabled(x.device.type):
-            if not all(t.dtype in _CAST for t in (x, *weights)):
+            if not kinds <= _CAST:
                 return None
             kind = torch.get_autocast_dtype(x.device.type)
             return kind if self.for_maps else torch.float32
-        if x.dtype not in _DTYPES or any(t.dtype != x.dtype for t in weights):
+        if len(kinds) > 1 or x.dtype not in _DTYPES:
             return None
         return x.dtype
 
