@@ -66,6 +66,11 @@ def _height(record: dict, bar: str) -> float | None:
     return gain(outcomes.get(way, {}), outcomes, reference)
 
 
+def _broken(title: str) -> str:
+    """In two lines if it is long; bars are narrow."""
+    return title.replace("-", "-\n", 1) if len(title) > 10 else title
+
+
 def _draw(panel: Axes, records: list[dict]) -> None:
     shown = [bar for bar in BARS if any(_height(record, bar) is not None for record in records)]
     width = 0.8 / len(shown)
@@ -78,7 +83,7 @@ def _draw(panel: Axes, records: list[dict]) -> None:
     goals = [goal for goal in records[0]["case"]["goals"] if goal["quantity"] == "ms"]
     if goals:
         panel.axhline(1 / goals[0]["factor"], color="black", linestyle=":", label="goal")
-    names = [f"{HOSTS[r['case']['host']].title}\n{size(r['case'])}" for r in records]
+    names = [f"{_broken(HOSTS[r['case']['host']].title)}\n{size(r['case'])}" for r in records]
     panel.set_xticks(range(len(records)), names, fontsize=6 if len(names) > 10 else 8)
     if len(names) > 10:
         panel.tick_params(axis="x", rotation=60)
