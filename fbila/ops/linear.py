@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autocast import cast_for_autocast
-from .autograd import direct, needs_gradient
+from .autocast import cast_for_autocast, without_autocast
+from .autograd import direct, needs_gradient, ordinary
 from .library import sum_dtype
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -38,15 +38,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
 
 def _is_large(x: Tensor, weight: Tensor) -> bool:
     O, I = weight.shape
-    return I > 0 and x.numel() // I * max(I, O) >= FEWEST
+    return min(I, O) > 0 and x.numel() // I * max(I, O) >= FEWEST
+
+
+def _is_batched(dy: Tensor) -> bool:
+    """Whether it is many gradients, as in `torch.autograd.grad(..., is_grads_batched=True)`."""
+    return torch._C._functorch.is_legacy_batchedtensor(dy)
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps x and weight alone."""
+    """Keeps x and weight alone, and of these what the wanted gradients read."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, gelu):
-        ctx.save_for_backward(x, weight)
+        need_x, need_w, _ = ctx.needs_input_grad[:3]
+        ctx.save_for_backward(
+            x if need_w or (need_x and gelu) else None, weight if need_x else None
+        )
         ctx.gelu = gelu
         rows = (F.gelu(x) if gelu else x).reshape(-1, x.shape[-1])
         # Not a view, as F.linear's is: what a function returns as one may not be changed in place.
@@ -61,39 +69,50 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         # With gradients enabled, gradients of gradients are wanted.
-        differentiate = by_pytorch if torch.is_grad_enabled() else by_kernels
-        return *differentiate(dy, x, weight, ctx.gelu, ctx.needs_input_grad[:3]), None
+        unseen = not torch.is_grad_enabled() and ordinary(dy, x, weight) and not _is_batched(dy)
+        differentiate = by_kernels if unseen else by_pytorch
+        # The products are of the dtypes of the forward pass, as kernels take them.
+        with without_autocast(dy):
+            found = differentiate(dy, x, weight, ctx.gelu, ctx.needs_input_grad[:3])
+        return *found, None
 
 
 def by_kernels(dy, x, weight, gelu, needs_grad):
-    """dx, dweight and dbias, or None for what is not needed."""
+    """dx, dweight and dbias, or None for what is not needed.
+
+    x or weight is None where none of them reads it.
+    """
     need_x, need_w, need_b = needs_grad
-    shape, rows = x.shape, dy.reshape(-1, dy.shape[-1])
-    x = x.reshape(-1, shape[-1])
+    rows = dy.reshape(-1, dy.shape[-1])
     dx = dw = db = None
-    if need_x or gelu:
+    if x is not None:
+        x = x.reshape(-1, x.shape[-1])
+    if need_x:
         dx = rows @ weight
-    if gelu:
+    if gelu and need_x:
         dx, x = gelu_backward(x, dx)
+    elif gelu and need_w:
+        x = F.gelu(x)
     if need_w:
         dw = rows.mT @ x
     if need_b:
         db = column_sums(rows)
-    return dx.view(shape) if need_x else None, dw, db
+    return None if dx is None else dx.view(*dy.shape[:-1], dx.shape[1]), dw, db
 
 
 def by_pytorch(dy, x, weight, gelu, needs_grad):
     """The same, by operations that can be differentiated."""
     need_x, need_w, need_b = needs_grad
-    f = F.gelu(x) if gelu else x
+    rows = dy.reshape(-1, dy.shape[-1])
     dx = dw = db = None
     if need_x:
         dx = dy @ weight
         dx = torch.ops.aten.gelu_backward(dx, x) if gelu else dx
     if need_w:
-        dw = dy.flatten(0, -2).mT @ f.flatten(0, -2)
+        f = F.gelu(x) if gelu else x
+        dw = rows.t() @ f.reshape(-1, f.shape[-1])
     if need_b:
-        db = dy.flatten(0, -2).sum(0)
+        db = rows.sum(0)
     return dx, dw, db
 
 

@@ -159,3 +159,35 @@ def test_results_may_be_changed_in_place(bias):
     torch.testing.assert_close(y, expected)
     found, wanted = (torch.autograd.grad(t, leaves[:2], dy) for t in (y, expected))
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_what_no_gradient_reads_may_be_changed(frozen):
+    leaves, dy = problem(torch.float32)
+    wanted = exact(leaves, dy, False)[1][1 - frozen]
+    # The gradient by x reads the weight alone, and that by the weight x.
+    given = [leaf.detach() if i == frozen else leaf * 1 for i, leaf in enumerate(leaves)]
+    y = _Linear.apply(*given, False)
+    given[1 - frozen].add_(1)
+    near(torch.autograd.grad(y, leaves[1 - frozen], dy)[0], wanted)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_backward_under_autocast_is_of_the_dtypes_of_the_forward_pass(gelu):
+    leaves, dy = problem(torch.float32)
+    y = _Linear.apply(*leaves, gelu)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = torch.autograd.grad(y, leaves, dy)
+    for f, w in zip(found, exact(leaves, dy, gelu)[1], strict=True):
+        near(f, w)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_many_gradients_at_once(gelu):
+    leaves, dy = problem(torch.float32)
+    dy = torch.stack((dy, 2 * dy))
+    y = _Linear.apply(*leaves, gelu)
+    found = torch.autograd.grad(y, leaves, dy, is_grads_batched=True)
+    for f, w in zip(found, exact(leaves, dy[0], gelu)[1], strict=True):
+        near(f[0], w)
+        near(f[1], 2 * w)
