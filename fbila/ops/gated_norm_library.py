@@ -125,9 +125,9 @@ def backward_in_pytorch(dy, x, v, gate, scale, weight, bias, eps):
     dn = dy.to(wide) * gate.to(wide)
     dh = dn * weight
     da = r * (dh - dh.mean(-1, keepdim=True) - h * (dh * h).mean(-1, keepdim=True))
-    over = tuple(range(x.ndim - 1))
-    of_channels = (da * v).sum(over).view(heads, -1).sum(1)
-    found = (da, da * s, dy * (h * weight + bias), of_channels, (dn * h).sum(over), dn.sum(over))
+    # Of each channel, of however many axes of tokens, or of none.
+    ds, dweight, dbias = (t.reshape(-1, D).sum(0) for t in (da * v, dn * h, dn))
+    found = (da, da * s, dy * (h * weight + bias), ds.view(heads, -1).sum(1), dweight, dbias)
     return tuple([t.copy_(f) for t, f in zip(gradients, found, strict=True)])
 
 

@@ -103,8 +103,7 @@ def plain_backward_in_pytorch(dy, x, weight, bias, eps, needs_grad):
     h, r = normalized(x, eps)
     dz = dy.to(wide)
     dx = grad_by_row(dz if weight is None else dz * weight, h, r)
-    rows = tuple(range(x.ndim - 1))
-    found = dx, (dz * h).sum(rows), dz.sum(rows)
+    found = dx, *(t.reshape(-1, x.shape[-1]).sum(0) for t in (dz * h, dz))
     for gradient, t in zip(gradients, found, strict=True):
         if gradient.numel():
             gradient.copy_(t)

@@ -17,7 +17,7 @@ from fbila.ops.gated_norm_library import (
 
 KINDS = [*DTYPES, torch.float64]
 SHAPES = [((2, 33, 64), 2), ((1, 3), 1), ((7, 30), 5), ((400, 40), 4), ((3, 1000), 8)]
-SHAPES += [((2, 2, 3, 512), 1), ((3, 1030), 2)]
+SHAPES += [((2, 2, 3, 512), 1), ((3, 1030), 2), ((24,), 3)]
 
 
 def draw(shape, heads, dtype=torch.float64, kept=None, strided=False):

@@ -176,7 +176,7 @@ def assert_gradients(actual, expected, rows):
 @pytest.mark.parametrize(
     "dtypes", [*itertools.product([*DTYPES, torch.float64], repeat=2)], ids=str
 )
-@pytest.mark.parametrize("shape", [(2, 33, 64), (1, 3), (7, 30), (700, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 33, 64), (1, 3), (7, 30), (700, 40), (24,)], ids=str)
 @pytest.mark.parametrize("affine", ["weight and bias", "weight", "bias", ""])
 @each_gradient
 def test_the_gradients_without_an_activation(function, shape, affine, dtypes):
