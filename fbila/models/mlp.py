@@ -6,6 +6,7 @@ from timm.layers import Mlp as TimmMlp
 from torch import Tensor, nn
 
 from ..layers.linear import Linear
+from ..layers.plain_modules import plain
 
 
 class Mlp(TimmMlp):
@@ -30,8 +31,19 @@ class Mlp(TimmMlp):
     def forward(self, x: Tensor) -> Tensor:
         """`(..., dim)` to the same shape."""
         x = self.fc1(x)
-        if type(self.act) is nn.GELU and not (self.training and self.drop1.p > 0):
+        if self._is_of_gelu():
             x = self.fc2(x, gelu=True)
         else:
             x = self.fc2(self.norm(self.drop1(self.act(x))))
         return self.drop2(x)
+
+    def _is_of_gelu(self) -> bool:
+        """Whether fc2 is of the GELU alone, and no module was replaced or given a hook."""
+        drop = plain(self.drop1, nn.Dropout) and not (self.training and self.drop1.p > 0)
+        return (
+            drop
+            and plain(self.act, nn.GELU)
+            and self.act.approximate == "none"
+            and plain(self.norm, nn.Identity)
+            and plain(self.fc2, Linear)
+        )
