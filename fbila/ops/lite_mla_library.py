@@ -16,6 +16,7 @@ and what attention makes.
 
 import torch
 
+from .autocast import without_autocast
 from .autograd import differentiable_by, direct, needs_gradient
 from .layout import empty_like_order
 from .library import LIBRARY, empty_inverse, empty_state
@@ -61,7 +62,9 @@ class LiteMLA(torch.autograd.Function):
         # With gradients enabled, gradients of gradients are wanted, which the op refuses.
         unseen = not torch.is_grad_enabled() and direct(dy, x, *weights)
         run = backward if unseen else torch.ops.fbila.lite_mla_backward
-        found = run(dy, x, weights, t, z, o, state, inverse, ctx.dim, needed)
+        # As convolutions do, in the dtypes of the forward pass.
+        with without_autocast(dy):
+            found = run(dy, x, weights, t, z, o, state, inverse, ctx.dim, needed)
         dx, *dweights = (
             gradient if wanted else None for gradient, wanted in zip(found, needed, strict=True)
         )

@@ -239,3 +239,14 @@ def test_the_operation_is_in_the_graph(monkeypatch):
     torch._dynamo.reset()
     torch.compile(layer, fullgraph=True, backend=backend)(x)
     assert "fbila.lite_mla" in names
+
+
+def test_backward_under_autocast_is_of_the_dtypes_of_the_forward_pass(calls):
+    layer, x = make(norm_layer=None)
+    y, leaves = layer(x), list(layer.parameters())
+    dy = torch.randn_like(y)
+    expected = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        actual = torch.autograd.grad(y, leaves, dy)
+    assert len(calls) == 1
+    torch.testing.assert_close(actual, expected, atol=0, rtol=0)
