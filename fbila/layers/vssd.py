@@ -33,6 +33,7 @@ from .plain_modules import plain
 
 # Numbers of 16 bits in 16 bytes.
 ALIGNED = 8
+_WEIGHTS = (Tensor, nn.Parameter)
 
 
 class NonCausalSSD(nn.Module):
@@ -143,7 +144,9 @@ class NonCausalSSD(nn.Module):
         """
         sizes = (self.d_inner, self.d_inner + 2 * self.d_state, self.num_heads)
         more = -sum(sizes) % ALIGNED
-        if not more or not plain(self.in_proj, Linear):
+        # Of weights of a kind of their own, such as quantised ones, there may be no padding.
+        padded = plain(self.in_proj, Linear) and type(self.in_proj.weight) in _WEIGHTS
+        if not more or not padded:
             return self.in_proj(x).split(sizes, -1)
         bias = self.in_proj.bias
         weight = F.pad(self.in_proj.weight, (0, 0, 0, more))

@@ -193,3 +193,21 @@ def test_refused(settings, message):
 def test_the_grid_must_hold_the_tokens():
     with pytest.raises(ValueError, match="got H=3 and W=4 for 15 tokens"):
         make()(torch.randn(1, 15, 32), 3, 4)
+
+
+class Unpadded(torch.Tensor):
+    """A weight that can be multiplied by and nothing else, as quantised ones."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch._C._nn.pad or function is F.pad:
+            raise NotImplementedError
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_weights_of_a_kind_of_their_own():
+    layer, x = NonCausalSSD(16, num_heads=2), torch.randn(2, 12, 16)
+    expected = layer(x, 3, 4)
+    layer.in_proj.weight = nn.Parameter(layer.in_proj.weight.detach().as_subclass(Unpadded))
+    actual = layer(x, 3, 4).as_subclass(torch.Tensor)
+    torch.testing.assert_close(actual, expected)
