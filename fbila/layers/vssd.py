@@ -130,7 +130,8 @@ class NonCausalSSD(nn.Module):
         By one kernel, where nothing stands in between: then only the result is rounded.
         """
         norm = self.norm
-        if direct(out, v, z, self.D, norm.weight, norm.bias) and plain(norm, LayerNorm):
+        affine = plain(norm, LayerNorm) and norm.weight is not None and norm.bias is not None
+        if affine and direct(out, v, z, self.D, norm.weight, norm.bias):
             out, v = (t.transpose(1, 2).flatten(2) for t in (out, v))
             return gated_norm(out, v, z, self.D, norm.weight, norm.bias, norm.eps)
         out = torch.addcmul(out, self.D[:, None, None], v)

@@ -17,6 +17,7 @@ from vision_contracts import (
 )
 
 from fbila.layers import NonCausalSSD, vssd
+from fbila.layers.layer_norm import LayerNorm
 from fbila.ops import gated_norm_library
 
 # dim 32, 4 heads: 64 channels of values, 16 of q and of k.
@@ -172,6 +173,19 @@ def test_norm_and_gate_are_one_kernel(autocast, monkeypatch):
         scale = theirs.abs().max().item()
         atol = (1e-2 if autocast else 1e-5) * scale
         torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("options", [{"bias": False}, {"elementwise_affine": False}], ids=str)
+def test_another_norm_is_called_as_it_is(options, monkeypatch):
+    layer, x = make().to(DEVICE), torch.randn(2, 15, 32, device=DEVICE)
+    layer.norm = LayerNorm(layer.d_inner, device=DEVICE, **options)
+    monkeypatch.setattr(vssd, "direct", lambda *_: True)
+    called = []
+    layer.norm.register_forward_pre_hook(lambda *_: called.append(True))
+    expected = layer(x, 3, 5)
+    assert called
+    layer.norm._forward_pre_hooks.clear()
+    torch.testing.assert_close(layer(x, 3, 5), expected)
 
 
 def test_kernels(monkeypatch):
