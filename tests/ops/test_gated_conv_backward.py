@@ -7,7 +7,7 @@ from helpers import DEVICE, DTYPES
 from fbila.ops import gated_conv_backward_library, gated_conv_library
 from fbila.ops.gated_conv_backward_library import in_kernel, in_pytorch
 from fbila.ops.gated_conv_library import gated_depthwise_conv
-from fbila.ops.kernels import gated_conv_backward
+from fbila.ops.kernels import add_up, gated_conv_backward
 from fbila.ops.kernels.gated_conv_backward import plan_gated_conv_backward
 from fbila.ops.kernels.launch import Launch
 
@@ -78,21 +78,24 @@ def test_sums_are_for_weights_alone(needed, monkeypatch):
     monkeypatch.setattr(Launch, "__call__", lambda self, *_: launched.append(self.kernel.__name__))
     in_kernel(*tensors, [bool(needed & 1), bool(needed & 2), bool(needed & 4)])
     expected = ["gated_conv_kernel", "gated_conv_backward_kernel"]
-    assert launched == (expected if needed == 1 else [*expected, "gated_conv_sums_kernel"])
+    assert launched == (expected if needed == 1 else [*expected, "add_up_kernel"])
 
 
 def test_sums_of_many_programs(monkeypatch):
     # Chunks of which the last one is short, strips that are not full, and several samples.
     tensors = problem((2, 17, 11, 4), torch.float64)
     shape, dtype = tensors[1].shape, torch.float64
+    monkeypatch.setattr(add_up, "AT_A_TIME", 8)
     found = set()
     for programs in (1, 12, 1024):
         monkeypatch.setattr(gated_conv_backward, "_PROGRAMS", programs)
         plan_gated_conv_backward.cache_clear()
+        add_up.plan_add_up.cache_clear()
         found.add(plan_gated_conv_backward(shape, dtype, dtype, (dtype, dtype))[2][0])
         assert_gradients(in_kernel(*tensors, ALL), tensors)
     plan_gated_conv_backward.cache_clear()
-    assert len(found) == 3 and max(found) > 2 * gated_conv_backward._AT_A_TIME
+    add_up.plan_add_up.cache_clear()
+    assert len(found) == 3 and max(found) > 2 * add_up.AT_A_TIME
 
 
 def test_every_tap_is_between_the_pixels_it_joins():

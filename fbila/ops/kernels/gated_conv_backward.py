@@ -8,8 +8,8 @@ h and du, the gradient of u that `gated_conv.py` makes, `(B, H, W, C)`, taps `(9
 is the number of all channels: values and gates are alike here.
 
 A pixel of h is multiplied with the same nine of du in dh as in the sums. A program goes down some
-rows of a strip, with three rows of du at hand, of which each is read once. The sums are added up in
-one order every time.
+rows of a strip, with three rows of du at hand, of which each is read once. `add_up.py` adds up
+the sums.
 """
 
 from functools import lru_cache
@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .add_up import plan_add_up
 from .gated_conv import Strips, load_taps, silu_and_slope, strip_of
 from .launch import Launch, kernel
 from .tiling import Tiling
@@ -25,8 +26,6 @@ from .tiling import Tiling
 # As in `gated_conv.py`.
 _ROWS = 32
 _PROGRAMS = 1024
-# Channels of a program that adds up sums, and how many of those it reads at a time.
-_BLOCK, _AT_A_TIME = 256, 8
 
 
 @triton.jit
@@ -162,30 +161,6 @@ def gated_conv_backward_kernel(
         store_sum(p_s + 9 * C, k_b, m_c)
 
 
-@kernel
-def gated_conv_sums_kernel(
-    sums, dweight, dbias, programs: "i32", channels: "i64",
-    BLOCK: tl.constexpr, AT_A_TIME: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    o_c = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    i_k = tl.program_id(1)
-    o_p = tl.arange(0, AT_A_TIME)
-    m_c = o_c < channels
-    p_s = sums + i_k * channels + o_c[None, :]
-    total = tl.zeros((BLOCK,), ACC)
-    for first in range(0, programs, AT_A_TIME):
-        mask = (first + o_p < programs)[:, None] & m_c[None, :]
-        o_s = (first + o_p).to(tl.int64)[:, None] * (10 * channels)
-        total += tl.sum(tl.load(p_s + o_s, mask=mask, other=0.0), 0)
-    if i_k < 9:
-        if dweight is not None:
-            p_w = dweight + o_c * 9 + i_k
-            tl.store(p_w, total.to(dweight.dtype.element_ty), mask=m_c)
-    else:
-        if dbias is not None:
-            tl.store(dbias + o_c, total.to(dbias.dtype.element_ty), mask=m_c)
-
-
 @lru_cache(maxsize=1024)
 def plan_gated_conv_backward(
     shape: tuple[int, ...],
@@ -200,13 +175,7 @@ def plan_gated_conv_backward(
     B, _, _, C = shape
     strips = Strips.of(shape, dtype.itemsize, _ROWS, _PROGRAMS)
     programs = B * strips.chunks * strips.strips
-    add_up = Launch(
-        gated_conv_sums_kernel,
-        (triton.cdiv(C, _BLOCK), 10),
-        (programs, C),
-        {"BLOCK": _BLOCK, "AT_A_TIME": _AT_A_TIME, "ACC": Tiling.acc(dtype)},
-        {"num_warps": 4, "num_stages": 1},
-    )
+    add_up = plan_add_up(C, C, programs, 9, Tiling.acc(dtype), others)
     return (
         strips.launch(gated_conv_backward_kernel, shape, dtype),
         add_up if any(others) else None,
