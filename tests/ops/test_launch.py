@@ -1,4 +1,4 @@
-"""A kernel is compiled for the shared memory that there is."""
+"""A kernel is compiled for the shared memory that there is, and for one set of dtypes."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ class Kernel:
 
     def __init__(self, size: int, limit: int):
         self.arg_names = ["x", "n", "BLOCK"]
-        self.size, self.limit = size, limit
+        self.__name__, self.size, self.limit = "kernel", size, limit
         self.tried: list[int] = []
 
     def __getitem__(self, grid):
@@ -47,3 +47,11 @@ def test_what_fits_keeps_its_stages(size):
     kernel = Kernel(size, 100)
     launch(kernel)._first((torch.zeros(3),))
     assert kernel.tried == [4]
+
+
+def test_without_a_gpu_other_dtypes_are_noticed():
+    run = launch(Kernel(10, 100))
+    run(torch.zeros(3))
+    run(torch.zeros(5))
+    with pytest.raises(AssertionError, match=r"launched for \[torch.float32\]"):
+        run(torch.zeros(3, dtype=torch.float16))
