@@ -16,6 +16,7 @@ from .autocast import without_autocast
 from .autograd import differentiable_by, direct, needs_gradient, refuse_second_derivative
 from .library import LIBRARY, sum_dtype
 from .memory_format import dtypes_of
+from .norm_library import grad_by_row, normalized
 
 _ARGUMENTS = "Tensor x, Tensor v, Tensor gate, Tensor scale, Tensor weight, Tensor bias, float eps"
 LIBRARY.define(f"gated_norm({_ARGUMENTS}) -> Tensor")
@@ -118,13 +119,9 @@ def backward_in_pytorch(dy, x, v, gate, scale, weight, bias, eps):
     wide = sum_dtype(x)
     D, heads = x.shape[-1], len(scale)
     s = scale.to(wide).repeat_interleave(D // heads)
-    a = x.to(wide) + v.to(wide) * s
-    a = a - a.mean(-1, keepdim=True)
-    r = (a.square().mean(-1, keepdim=True) + eps).rsqrt()
-    h = a * r
+    h, r = normalized(x.to(wide) + v.to(wide) * s, eps)
     dn = dy.to(wide) * gate.to(wide)
-    dh = dn * weight
-    da = r * (dh - dh.mean(-1, keepdim=True) - h * (dh * h).mean(-1, keepdim=True))
+    da = grad_by_row(dn * weight, h, r)
     # Of each channel, of however many axes of tokens, or of none.
     ds, dweight, dbias = (t.reshape(-1, D).sum(0) for t in (da * v, dn * h, dn))
     found = (da, da * s, dy * (h * weight + bias), ds.view(heads, -1).sum(1), dweight, dbias)
