@@ -8,7 +8,7 @@ from ..ops.linear import linear
 class Linear(nn.Linear):
     """`nn.Linear`, whose training on a GPU sums the bias's gradient by a kernel.
 
-    Compiled, in inference and elsewhere it is PyTorch's own.
+    Compiled, in inference and for fewer than 2^25 elements on either side it is PyTorch's own.
 
     Args:
         in_features, out_features, bias, device, dtype: Those of `nn.Linear`.
@@ -24,6 +24,6 @@ class Linear(nn.Linear):
 
         Args:
             input: `(..., I)`.
-            gelu: Whether the map is of its GELU, which is then not kept for the backward pass.
+            gelu: Whether the map is of its GELU, which kernels do not keep for the backward pass.
         """
         return linear(input, self.weight, self.bias, gelu)

@@ -10,7 +10,9 @@ from ..layers.plain_modules import plain
 
 
 class Mlp(TimmMlp):
-    """timm's, with GELU, which keeps the hidden layer once for the backward pass and not twice.
+    """timm's, with GELU, which keeps a large hidden layer once for the backward pass, not twice.
+
+    `fbila.layers.linear` says when; a module that was replaced or has a hook is called as it is.
 
     Args:
         dim: Channels.

@@ -2,10 +2,7 @@
 
 import torch
 
-from . import (
-    autograd,
-    focused_library,
-)
+from . import autograd, focused_library
 from .autocast import cast_for_autocast
 from .checks import (
     check_feature_dim,

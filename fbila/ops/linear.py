@@ -21,8 +21,9 @@ FEWEST = 2**25
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
-    """`F.linear` of x `(..., I)`, or of its GELU; by kernels where gradients are wanted on a GPU.
+    """`F.linear` of x `(..., I)`, or of its GELU.
 
+    By kernels where gradients of `FEWEST` elements or more are wanted on a GPU, PyTorch elsewhere.
     Under autocast all of it is of the lower precision if x is, as PyTorch's own. Gradients of
     gradients are PyTorch's.
     """
