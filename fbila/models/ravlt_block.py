@@ -32,8 +32,16 @@ class SoftmaxPictureAttention(GatedPictureAttention):
     """RALA's layer with softmax attention in it, `(B, C, H, W)` to the same shape."""
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, rotary: Any) -> Tensor:
+        # Token-major, and so are the output, which lies as q does, and its gradient: pictures in
+        # channels_last, without a copy. PyTorch 2.11 looks up the plan of cuDNN's backward pass by
+        # the strides of q, k and v alone. Where the gradient lay otherwise than in the call which
+        # made the plan, it would be misread: it has to lie as the output, whatever is around.
+        tables = Rotary(rotary.cos.unsqueeze(1), rotary.sin.unsqueeze(1), rotary.interleaved)
         # In the dtype of the tables, float32 at least.
-        q, k = (rotate(t.to(rotary.cos.dtype), rotary).to(v.dtype) for t in (q, k))
+        q, k = (
+            rotate(t.transpose(1, 2).to(tables.cos.dtype), tables).to(v.dtype).transpose(1, 2)
+            for t in (q, k)
+        )
         return F.scaled_dot_product_attention(q, k, v)
 
 
