@@ -13,6 +13,7 @@ from fbila.layers.linear import Linear
 from fbila.layers.pointwise_conv import PointwiseConv2d
 from fbila.models.conv_tokens import ConvStem
 from fbila.models.ravlt import RAVLTStem
+from fbila.models.window_block import WindowAttention
 
 from . import official_pictures as pictures
 from . import official_tokens as tokens
@@ -57,6 +58,7 @@ MODULES = {
     # In NCHW.
     ConvStem: conv_stem,
     RAVLTStem: ravlt_stem,
+    WindowAttention: tokens.windows,
 }
 OFFICIAL = {
     layers.FocusedLinearAttention: tokens.focused,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models import swin_transformer
 from torch import Tensor
 
 from fbila.layers.axial_rotary import axial_rotary
@@ -173,6 +174,34 @@ def ssd(self: Any, x: Tensor, H: int | None = None, W: int | None = None) -> Ten
     out = q @ state + v * self.D.view(1, heads, 1, 1)
     out = out.permute(0, 2, 1, 3).reshape(B, N, self.d_inner)
     return self.out_proj((self.norm(out) * z).to(x.dtype))
+
+
+def windows(self: Any, x: Tensor, shift: tuple[int, int] = (0, 0)) -> Tensor:
+    """Swin's block around timm's attention, which takes windows."""
+    _, H, W, _ = x.shape
+    shifted = x.roll((-shift[0], -shift[1]), (1, 2)) if any(shift) else x
+    rows, columns = self.window_size
+    shifted = F.pad(shifted, (0, 0, 0, -W % columns, 0, -H % rows))
+    size = shifted.shape[1:3]
+    parts = swin_transformer.window_partition(shifted, self.window_size).flatten(1, 2)
+    mask = None
+    if any(shift):
+        mask = kept(self, (*size, shift, x.dtype), lambda: hidden(x, size, self.window_size, shift))
+    y = swin_transformer.WindowAttention.forward(self, parts, mask)
+    y = y.unflatten(1, self.window_size)
+    y = swin_transformer.window_reverse(y, self.window_size, *size)[:, :H, :W]
+    return y.roll(shift, (1, 2)) if any(shift) else y
+
+
+def hidden(
+    x: Tensor, size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]
+) -> Tensor:
+    """`(windows, T, T)`: -100 for tokens that only a shift has brought into one window."""
+    regions = x.new_zeros(1, *size, 1)
+    regions[:, size[0] - shift[0] :] += 2
+    regions[:, :, size[1] - shift[1] :] += 1
+    region = swin_transformer.window_partition(regions, window).flatten(1)
+    return (region[:, :, None] != region[:, None, :]).to(x.dtype) * -100
 
 
 def sana(self: Any, x: Tensor) -> Tensor:

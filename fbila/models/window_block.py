@@ -1,77 +1,69 @@
-"""Swin's block of softmax attention in shifted windows."""
+"""Swin's block of softmax attention in shifted windows, over the grid as it is."""
 
 from functools import partial
 from typing import Any
 
+import timm.models.swin_transformer as timm
 import torch
 from timm.layers import register_notrace_module
-from timm.models.swin_transformer import SwinTransformerBlock, window_partition
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..layers.layer_norm import LayerNorm
 from ..layers.linear import Linear
+from ..ops.window_attention_library import window_attention
 from .mlp import Mlp
-from .patches import Fill
 
 
-class WindowBlock(SwinTransformerBlock):
+class WindowBlock(timm.SwinTransformerBlock):
     """timm's block, `(B, H, W, C)` to the same shape, for pictures of any size.
 
-    timm's computes with remainders of H and W whether or not there are any, which takes minutes to
-    compile where a size is not known beforehand, and makes masks that no graph can be traced of.
+    timm's takes the grid apart into windows and puts it together again, with remainders of H and W
+    that take minutes to compile where a size is not known beforehand.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{"norm_layer": partial(LayerNorm, for_maps=True), **options})
-        # As timm has made them, but for how they are trained.
+        # As timm has made them, but for how they compute.
         for linear in (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2):
             linear.__class__ = Linear
+        self.attn.__class__ = WindowAttention
         self.mlp.__class__ = Mlp
-        self.shift_mask = ShiftMask()
-        self.fill = Fill()
 
     def _attn(self, x: Tensor) -> Tensor:
-        _, H, W, _ = x.shape
-        shifted = any(self.shift_size)
-        if shifted:
-            x = x.roll((-self.shift_size[0], -self.shift_size[1]), (1, 2))
-        x = self.fill(x.permute(0, 3, 1, 2), self.window_size).permute(0, 2, 3, 1)
-        mask = self.get_attn_mask(x) if self.dynamic_mask else self.attn_mask
-        # (B, rows of windows, windows in a row, rows, columns, C)
-        windows = x.unflatten(2, (-1, self.window_size[1])).unflatten(1, (-1, self.window_size[0]))
-        windows = windows.transpose(2, 3)
-        B, rows, columns, _, _, _ = windows.shape
-        y = self.attn(windows.reshape(-1, self.window_area, self.dim), mask)
-        y = y.view(B, rows, columns, *self.window_size, self.dim)
-        y = y.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :H, :W]
-        return y.roll(self.shift_size, (1, 2)) if shifted else y
+        return self.attn(x, self.shift_size)
 
     def get_attn_mask(
         self,
         x: Tensor | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
-    ) -> Tensor | None:
-        """What hides tokens of a window from each other that a shift brought together."""
-        if x is None or not any(self.shift_size):
-            return super().get_attn_mask(x, device, dtype)
-        return self.shift_mask(x, self.window_size, self.shift_size)
+    ) -> None:
+        """None: which tokens a shift has brought together is found with their logits."""
 
 
+# It looks at sizes, of which there are none while a graph is traced.
 @register_notrace_module
-class ShiftMask(nn.Module):
-    """0, or -100 for pairs of tokens of a window that lay on opposite sides of the picture.
+class WindowAttention(timm.WindowAttention):
+    """timm's, for a grid instead of windows; by one kernel on a GPU."""
 
-    A module because it looks at the size, of which there is none while a graph is traced.
-    """
+    def forward(self, x: Tensor, shift: tuple[int, int] = (0, 0)) -> Tensor:  # type: ignore[override]
+        """Mixes the tokens of each window.
 
-    def forward(self, x: Tensor, window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
-        """`(windows, T, T)` for windows of T tokens, of x `(B, H, W, C)` that is shifted."""
-        rows, columns = (
-            (torch.arange(length, device=x.device) >= length - by).long()
-            for length, by in zip(x.shape[1:3], shift, strict=True)
+        Args:
+            x: `(B, H, W, C)`, of any H and W. Windows that it does not fill have zeros, which are
+                seen as tokens.
+            shift: The row and the column of the first window.
+
+        Returns:
+            `(B, H, W, C)`.
+        """
+        y = window_attention(
+            self.qkv(x),
+            self.relative_position_bias_table,
+            # What the projection makes of zeros.
+            self.qkv.bias,
+            self.window_size,
+            shift,
+            self.attn_drop.p if self.training else 0.0,
         )
-        region = (2 * rows[:, None] + columns)[None, :, :, None]
-        region = window_partition(region, window).flatten(1)
-        apart = region[:, :, None] != region[:, None, :]
-        return x.new_zeros(apart.shape).masked_fill_(apart, -100.0)
+        return self.proj_drop(self.proj(y))
