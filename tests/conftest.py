@@ -7,6 +7,7 @@ import os
 # compute, and longer where several processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -20,3 +21,9 @@ def pytest_collection_finish():
     """What was imported stays: looking through it again and again for garbage takes its time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def forgetful(monkeypatch):
+    """Tests that change what is launched, or look at it, are not served by what others launched."""
+    monkeypatch.setattr("fbila.ops.replay._PROGRAMS", {})

@@ -20,14 +20,19 @@ def ordinary(*tensors: torch.Tensor | None) -> bool:
 
     The dispatcher's way to a Python implementation takes longer than launching the kernels.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch.autograd.forward_ad._current_level < 0
-        and all(x is None or (type(x) in _ORDINARY and not x.is_meta) for x in tensors)
-    )
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return False
+    # Not `all`, whose generator takes as long as the rest.
+    for x in tensors:  # noqa: SIM110
+        if x is not None and (type(x) not in _ORDINARY or x.is_meta):
+            return False
+    return True
 
 
 def direct(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
@@ -36,7 +41,11 @@ def direct(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def require_frozen(op: str, *tensors: torch.Tensor | None) -> None:

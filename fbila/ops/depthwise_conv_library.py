@@ -24,6 +24,7 @@ from .gated_conv_backward_library import slope
 from .inlining import inline
 from .library import LIBRARY, sum_dtype
 from .memory_format import dtypes_of
+from .replay import replayed
 
 KERNEL_SIZES = (3, 5)
 
@@ -73,6 +74,7 @@ def beside(x: torch.Tensor | None) -> torch.Tensor | None:
     return x.contiguous()
 
 
+@replayed
 def in_kernel(x, weight, bias, addend, gate, residual, gelu, silu):
     y = empty_result(x, weight, bias, addend, gate)
     if not y.numel():
@@ -146,6 +148,7 @@ def empty_gradients(dy, x, weight, bias, residual, gelu, silu, needs_grad):
     )
 
 
+@replayed
 def backward_in_kernel(dy, x, weight, bias, residual, gelu, silu, needs_grad):
     from .kernels.depthwise_conv_sums import plan_depthwise_conv_sums
 

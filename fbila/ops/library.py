@@ -14,6 +14,7 @@ import torch
 
 from .feature_maps import feature_dim
 from .layout import empty_like_order
+from .replay import replayed
 
 if TYPE_CHECKING:
     from .kernels.side import Side
@@ -62,6 +63,7 @@ def empty_inverse(q: torch.Tensor, normalizer: str) -> torch.Tensor:
     return q.new_empty((0,) if normalizer == "none" else (B, H, N), dtype=sum_dtype(q))
 
 
+@replayed
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -90,6 +92,7 @@ def forward(
     return o, cast("torch.Tensor", state), inverse
 
 
+@replayed
 def inference(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -169,6 +172,7 @@ def forward_of(
     return state
 
 
+@replayed
 def backward(
     do: torch.Tensor,
     q: torch.Tensor,

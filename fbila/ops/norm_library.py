@@ -22,6 +22,7 @@ from .autograd import (
 from .inlining import inline
 from .library import LIBRARY, sum_dtype
 from .memory_format import beside, dtypes_of
+from .replay import replayed
 
 _ARGUMENTS = "Tensor x, Tensor weight, Tensor bias, float eps, float slope"
 LIBRARY.define(f"layer_norm_leaky_relu({_ARGUMENTS}) -> Tensor")
@@ -38,6 +39,7 @@ LIBRARY.define(
 )
 
 
+@replayed
 def in_kernel(x, weight, bias, eps, slope):
     from .kernels.norm import launch_norm
 
@@ -56,6 +58,7 @@ def in_pytorch(x, weight, bias, eps, slope):
     )
 
 
+@replayed
 def plain_in_kernel(x, weight, bias, eps, dtype=None):
     from .kernels.norm import plan_layer_norm
 
@@ -83,6 +86,7 @@ def empty_gradients(dy, x, weight, bias, eps, needs_grad):
     )
 
 
+@replayed
 def plain_backward_in_kernel(dy, x, weight, bias, eps, needs_grad):
     from .kernels.norm_backward import plan_grad_layer_norm, run
 
@@ -121,6 +125,7 @@ def grad_by_row(dh, h, r):
     return r * (dh - dh.mean(-1, keepdim=True) - h * (dh * h).mean(-1, keepdim=True))
 
 
+@replayed
 def backward_in_kernel(dy, x, weight, bias, eps, slope):
     from .kernels.norm_backward import launch_grad_norm
 

@@ -11,6 +11,7 @@ from .autograd import differentiable_by, direct, needs_gradient, refuse_second_d
 from .gated_conv_backward_library import slope
 from .inlining import inline
 from .library import LIBRARY, sum_dtype
+from .replay import replayed
 
 LIBRARY.define("silu_gate(Tensor x, Tensor g) -> Tensor")
 LIBRARY.define("silu_gate_backward(Tensor dy, Tensor x, Tensor g) -> (Tensor, Tensor)")
@@ -30,6 +31,7 @@ def empty_result(x, g):
     return x.new_empty(x.shape)
 
 
+@replayed
 def in_kernel(x, g):
     from .kernels.silu_gate import plan_silu_gate
 
@@ -48,6 +50,7 @@ def empty_gradients(dy, x, g):
     return x.new_empty(x.shape), g.new_empty(g.shape)
 
 
+@replayed
 def backward_in_kernel(dy, x, g):
     from .kernels.silu_gate import plan_silu_gate
 

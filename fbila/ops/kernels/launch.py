@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 import triton
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 from triton.runtime.errors import OutOfResources
 
 from ..inlining import launch, traced
+from ..replay import Watch
 
 
 def kernel(function: Callable) -> Any:
@@ -64,6 +66,18 @@ class Launch:
         if traced(first):
             launch(self.kernel, self.grid, tensors, self.numbers, self.constants, self.options)
             return
+        if torch._C._len_torch_dispatch_stack():
+            watch = _get_current_dispatch_mode()
+            if isinstance(watch, Watch):
+                watch.launched.append((self, tensors))
+                with _disable_current_modes():
+                    self._launch(tensors)
+                return
+        self._launch(tensors)
+
+    def _launch(self, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        first = tensors[0]
+        assert first is not None
         if not first.is_cuda:
             self._check(tensors)
             self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
@@ -72,7 +86,7 @@ class Launch:
         if device != torch._C._cuda_getDevice():
             # Triton launches on the current device, which need not be the tensors' own.
             with torch.cuda.device(device):
-                self(*tensors)
+                self._launch(tensors)
             return
         pointers = [None if x is None else x.data_ptr() for x in tensors]
         # Triton makes use of pointers that are multiples of 16 bytes.
