@@ -1,14 +1,16 @@
 """One call for every kernel around attention, small enough for a sanitizer to watch.
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \\
-    python tests/ops/every_block_kernel.py
+    python tests/ops/every_block_kernel.py [pictures] [rows] [heads] [windows]
 """
 
 import itertools
+import sys
 
 import torch
 
 from fbila.ops import group_norm_library
+from fbila.ops import linear as linear_module
 from fbila.ops.add_bias_library import add_bias
 from fbila.ops.depthwise_conv_library import depthwise_conv
 from fbila.ops.gated_conv_library import gated_depthwise_conv
@@ -21,7 +23,10 @@ from fbila.ops.rms_norm_library import rms_norm
 from fbila.ops.separable_conv_library import separable_conv2d
 from fbila.ops.signed_map_library import signed_map
 from fbila.ops.silu_gate_library import silu_gate
+from fbila.ops.window_attention_library import window_attention
 
+# Kernels for small inputs as well.
+linear_module.FEWEST = 0
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
@@ -136,8 +141,24 @@ def heads(dtype: torch.dtype):
                 yield f"signed_map {kind} {N} {d}", part
 
 
+def windows(dtype: torch.dtype):
+    """(name, result) of attention in windows, whole ones and others, shifted and not."""
+    for (H, W), d, shift in (((14, 14), 32, 0), ((9, 17), 32, 3), ((3, 2), 9, 3)):
+        qkv = torch.randn(3, H, W, 6 * d, device="cuda", dtype=dtype, requires_grad=True)
+        table = torch.randn(169, 2, device="cuda", requires_grad=True)
+        fill = torch.randn(6 * d, device="cuda", requires_grad=True)
+        for leaves in ((qkv, table, fill), (qkv, table)):
+            y = window_attention(qkv, table, (*leaves, None)[2], (7, 7), (shift, shift))
+            yield f"window_attention {H} {d}", y
+            for gradient in torch.autograd.grad(y, leaves, torch.ones_like(y)):
+                yield f"gradient of window_attention {H} {d}", gradient
+
+
+PARTS = {"pictures": pictures, "rows": rows, "heads": heads, "windows": windows}
+
 if __name__ == "__main__":
+    parts = [PARTS[name] for name in sys.argv[1:] or PARTS]
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for name, result in itertools.chain(pictures(dtype), rows(dtype), heads(dtype)):
+        for name, result in itertools.chain(*(part(dtype) for part in parts)):
             assert result.isfinite().all(), name
             print(dtype, name, flush=True)

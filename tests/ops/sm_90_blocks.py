@@ -28,6 +28,7 @@ from fbila.ops import (
     signed_map_backward_library,
     signed_map_library,
     silu_gate_library,
+    window_attention_library,
 )
 from fbila.ops.kernels.launch import Launch
 
@@ -225,6 +226,24 @@ def calls():
                 partial(gated_conv_backward_library.in_kernel, dy, h, *wide, [True] * 3),
             )
     yield from signed_maps()
+    yield from windows()
+
+
+def windows():
+    """Of Swin's stage 3 for 224 x 224 and 512 x 512 pixels, whose windows go beyond the grid."""
+    for side, shift, dtype in (
+        *itertools.product((14, 32), (0, 3), (torch.bfloat16,)),
+        (14, 3, torch.float16),
+        (14, 3, torch.float32),
+    ):
+        qkv, y = planes(4, side, side, 1152).to(dtype), planes(4, side, side, 384).to(dtype)
+        arguments = qkv, torch.zeros(169, 12), torch.zeros(1152), (7, 7), (shift, shift)
+        name = f"window_attention {side} {shift} {dtype}"
+        yield name, partial(window_attention_library.in_kernel, *arguments)
+        yield (
+            f"gradients of {name}",
+            partial(window_attention_library.backward_in_kernel, y, *arguments),
+        )
 
 
 def signed_maps():
