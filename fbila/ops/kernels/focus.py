@@ -102,6 +102,12 @@ def load_factors(columns, o_c, inside, ROWS: tl.constexpr, ACC: tl.constexpr):
         return tl.load(p_c, mask=inside[None, :], other=0.0)
 
 
+@triton.jit
+def apart(products, there):
+    """The products, not to be fused into a sum by one thread and not by another: see below."""
+    return tl.where(there, products, 0.0)
+
+
 @kernel
 def focus_rows_kernel(
     x, columns, mask, rows,
@@ -140,17 +146,17 @@ def focus_rows_kernel(
         scale = binade(top, True)
         shrink = before * scale
         b_u = b_x * scale[:, :, None]
-        squares = squares * (shrink * shrink) + tl.sum(b_u * b_u, 2)
+        squares = squares * (shrink * shrink) + tl.sum(apart(b_u * b_u, m_n[:, None, None]), 2)
         shrink, b_u = power(shrink, POWER), power(b_u, POWER)
-        powers = powers * (shrink * shrink) + tl.sum(b_u * b_u, 2)
+        powers = powers * (shrink * shrink) + tl.sum(apart(b_u * b_u, m_n[:, None, None]), 2)
 
     before = binade(top, False)
     top = tl.max(top, 1)
     t = 1.0 / top
     shrink = before * t[:, None]
-    squares = tl.sum(squares * (shrink * shrink), 1)
+    squares = tl.sum(apart(squares * (shrink * shrink), m_n[:, None]), 1)
     shrink = power(shrink, POWER)
-    powers = tl.sum(powers * (shrink * shrink), 1)
+    powers = tl.sum(apart(powers * (shrink * shrink), m_n[:, None]), 1)
     rows += i_b * 3 * N + o_n
     tl.store(rows, t, mask=m_n)
     tl.store(rows + N, top * tl.sqrt(squares / powers), mask=m_n)
@@ -203,7 +209,8 @@ def plan_focus_rows(
             "ACC": Tiling.acc(dtype),
         },
         # The threads that share a token each add up its sums. With products fused into additions
-        # those would differ in the last bit, and any one of them be stored.
+        # those would differ in the last bit, and any one of them be stored. Inductor drops the
+        # option: there it is `apart` alone that prevents it.
         {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False},
     )
 
