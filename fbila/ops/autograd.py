@@ -156,4 +156,6 @@ def refuse_second_derivative(
 
 differentiable_by("linear_attn", LinearAttn.apply, library.inference)
 inline("linear_attn", library.inference)
+inline("linear_attn_forward", library.forward)
+inline("linear_attn_backward", library.backward)
 refuse_second_derivative("linear_attn_backward", "linear_attn and simple_la")

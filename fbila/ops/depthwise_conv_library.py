@@ -257,6 +257,7 @@ inline("depthwise_conv", in_kernel)
 LIBRARY.impl("depthwise_conv_backward", backward_in_kernel, "CUDA")
 LIBRARY.impl("depthwise_conv_backward", backward_in_pytorch, "CPU")
 torch.library.register_fake("fbila::depthwise_conv_backward", empty_gradients, lib=LIBRARY)
+inline("depthwise_conv_backward", backward_in_kernel)
 refuse_second_derivative("depthwise_conv_backward", "depthwise_conv", "Use PyTorch's own for that.")
 
 

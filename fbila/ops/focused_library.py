@@ -94,6 +94,7 @@ for _name, _implementation in (
 ):
     for _key in ("CUDA", "CPU"):
         LIBRARY.impl(_name, _implementation, _key)
+    inline(_name, _implementation)
 
 
 @torch.library.register_fake("fbila::focused_la", lib=LIBRARY)
@@ -152,5 +153,4 @@ def focused_la(q, k, v, columns, key_mask, total, *options):
 
 
 differentiable_by("focused_la", FocusedLA.apply, inference)
-inline("focused_la", inference)
 refuse_second_derivative("focused_la_backward", "focused_la")

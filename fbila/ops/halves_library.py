@@ -9,6 +9,7 @@ import torch
 
 from .autograd import differentiable_by, refuse_second_derivative
 from .feature_maps import feature_dim
+from .inlining import inline
 from .layout import empty_like_order
 from .library import LIBRARY, empty_inverse, empty_state, sum_dtype
 
@@ -122,6 +123,7 @@ for _name, _implementation in (
 ):
     for _key in ("CUDA", "CPU"):
         LIBRARY.impl(_name, _implementation, _key)
+    inline(_name, _implementation)
 
 
 @torch.library.register_fake("fbila::linear_attn_state", lib=LIBRARY)

@@ -2,8 +2,13 @@
 
 Called as an op, a kernel is reached by way of the dispatcher and Python, which takes several times
 as long as launching it. Here an op is taken apart into its allocations and launches as its graph is
-traced. Where that cannot be, the op stays in the graph: with gradients, whose graph shows the op;
-in what torch.export writes; with sizes that are symbols, which blocks are not chosen by.
+traced: for inference the op itself, for training those of its forward and its backward pass, which
+autograd's function calls below it. What is kept in between is what that function keeps: compilers
+do not run again what launches a kernel. Where that cannot be, the op stays in the graph: in what
+torch.export writes; with sizes that are symbols, which blocks are not chosen by.
+
+Inductor knows no options of a launch but warps and stages. A kernel that needs another to be right
+stays an op.
 """
 
 from collections.abc import Callable
@@ -57,16 +62,20 @@ def _inlined(x: torch.Tensor) -> bool:
     sizes = (*x.shape, *x.stride())
     return (
         traced(x)
-        and x.is_cuda
         and x.dtype != torch.float64
         and all(type(n) is int for n in sizes)
-        and 0 < sum((n - 1) * abs(s) for n, s in zip(x.shape, x.stride(), strict=True)) + 1 < _MOST
-        and 0 not in x.shape
+        and max(x.numel(), _extent(x)) < _MOST
         and _shared_memory(x.device) >= _SHARED_MEMORY
     )
 
 
+def _extent(x: torch.Tensor) -> int:
+    return 1 + sum((n - 1) * abs(s) for n, s in zip(x.shape, x.stride(), strict=True))
+
+
 def _shared_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 

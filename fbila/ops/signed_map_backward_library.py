@@ -9,6 +9,7 @@ are in `kernels/signed_map_backward.py`. A kernel on CUDA, PyTorch elsewhere.
 import torch
 
 from .autograd import refuse_second_derivative
+from .inlining import inline
 from .library import LIBRARY, sum_dtype
 from .memory_format import dtypes_of
 
@@ -83,8 +84,9 @@ def in_kernel(dy, dopposite, x, addend, table, kind, needs_grad):
         daddend.copy_(written.sum(0, dtype=sum_dtype(x)).transpose(0, 1))
     if to_table:
         dtable[:rows] = sums.sum(0)
-        # An opposite that nothing came from.
-        dtable[rows:] = 0
+        if rows < len(dtable):
+            # An opposite that nothing came from.
+            dtable[rows:] = 0
     return dx, daddend, dtable
 
 
@@ -129,4 +131,5 @@ def in_pytorch(dy, dopposite, x, addend, table, kind, needs_grad):
 LIBRARY.impl("signed_map_backward", in_kernel, "CUDA")
 LIBRARY.impl("signed_map_backward", in_pytorch, "CPU")
 torch.library.register_fake("fbila::signed_map_backward", empty_gradients, lib=LIBRARY)
+inline("signed_map_backward", in_kernel)
 refuse_second_derivative("signed_map_backward", "signed_map", "Use PyTorch's own for that.")

@@ -95,6 +95,7 @@ inline("silu_gate", in_kernel)
 LIBRARY.impl("silu_gate_backward", backward_in_kernel, "CUDA")
 LIBRARY.impl("silu_gate_backward", backward_in_pytorch, "CPU")
 torch.library.register_fake("fbila::silu_gate_backward", empty_gradients, lib=LIBRARY)
+inline("silu_gate_backward", backward_in_kernel)
 refuse_second_derivative("silu_gate_backward", "silu_gate", "Use PyTorch's own for that.")
 
 

@@ -5,10 +5,14 @@ TRITON_INTERPRET, and interpreted kernels are in no graph.
 """
 
 import json
+import re
 import sys
 
 import torch
-from torch._functorch.aot_autograd import aot_export_module
+import triton
+from torch._functorch.aot_autograd import aot_export_module, aot_function
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -16,11 +20,14 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.runtime import driver
 
-from fbila import focused_la, linear_attn
-from fbila.ops import inlining
+from fbila import focused_la, linear_attn, linear_attn_apply, linear_attn_state, simple_la
+from fbila.ops import functional, halves, inlining
 from fbila.ops.depthwise_conv_library import depthwise_conv
+from fbila.ops.kernels.focus import plan_focus_rows
+from fbila.ops.kernels.memory import Axes
 from fbila.ops.norm_library import layer_norm_leaky_relu
 from fbila.ops.signed_map_library import signed_map
 from fbila.ops.silu_gate_library import silu_gate
@@ -52,6 +59,31 @@ def parts(function, *tensors):
     return parts_of(graph)
 
 
+def trained(function, *tensors):
+    """The same of both graphs of a training step, and the shapes of what is kept in between.
+
+    The tensors are on the CPU: without a GPU, autograd takes none back that is on one.
+    """
+    found = {}
+
+    def partition(joint, inputs, **options):
+        forward, backward = min_cut_rematerialization_partition(joint, inputs, **options)
+        # As it is here, a function returns one tensor.
+        (kept,) = (node.args[0][1:] for node in forward.graph.find_nodes(op="output"))
+        shapes = sorted(list(x.meta["val"].shape) for x in kept if isinstance(x, torch.fx.Node))
+        found.update(forward=parts_of(forward), backward=parts_of(backward), kept=shapes)
+        return forward, backward
+
+    aot_function(
+        function,
+        fw_compiler=lambda graph, _: graph,
+        bw_compiler=lambda graph, _: graph,
+        partition_fn=partition,
+        decompositions=select_decomp_table(),
+    )(*(x.detach().requires_grad_() for x in tensors))
+    return found
+
+
 def exported(function, *tensors):
     """The same of what torch.export writes."""
     with torch.no_grad():
@@ -78,15 +110,95 @@ def norm(x, weight, bias):
     return layer_norm_leaky_relu(x, weight, bias, 1e-5, 0.01)
 
 
-def heads(D, N, dtype=torch.float16):
+def heads(D, N, dtype=torch.float16, device="cuda"):
     """Queries, keys and values side by side in memory."""
-    packed = torch.empty(2, N, 3 * 8 * D, device="cuda", dtype=dtype)
+    packed = torch.empty(2, N, 3 * 8 * D, device=device, dtype=dtype)
     return [x.unflatten(-1, (8, D)).transpose(1, 2) for x in packed.chunk(3, -1)]
+
+
+def weighed(q, k, v, weight):
+    return linear_attn(q, k, v, feature_map="elu1", eps=1e-4, key_weight=weight)
+
+
+def in_halves(q, k, v):
+    state = linear_attn_state(k, v, feature_map="elu1")
+    return linear_attn_apply(q, state, feature_map="elu1", eps=1e-4)
+
+
+def focused(q, k, v, scale):
+    return focused_la(q, k, v, scale=scale)
+
+
+def convolution(**options):
+    """By the op, as what calls it leaves tensors on the CPU to PyTorch."""
+    flags = [options.get(name, False) for name in ("residual", "gelu", "silu")]
+    return lambda x, taps, bias, addend=None, gate=None: torch.ops.fbila.depthwise_conv(
+        x, taps, bias, addend, gate, *flags
+    )
+
+
+def power(x, addend, table):
+    return torch.cat(signed_map(x, addend, table, "power", both=True))
+
+
+def expm1(x, table):
+    return signed_map(x, None, table, "expm1")[0]
+
+
+def trainings():
+    def narrow(*shape):
+        return torch.empty(shape, dtype=torch.bfloat16)
+
+    q, k, v = heads(32, 3136, torch.bfloat16, "cpu")
+    grid = narrow(2, 56, 56, 256).chunk(2, -1)[0]
+    taps, bias = torch.empty(128, 1, 5, 5), torch.empty(128)
+    return {
+        "focused": trained(focused, q, k, v, torch.empty(8, 32)),
+        "long": trained(attend, q, k, v),
+        "short": trained(attend, *heads(32, 49, torch.bfloat16, "cpu")),
+        "simple": trained(simple_la, q, k, v),
+        "weighed": trained(weighed, q, k, v, torch.empty(2, 8, 3136)),
+        "in halves": trained(in_halves, q, k, v),
+        "float64": trained(attend, *heads(32, 3136, torch.float64, "cpu")),
+        "depthwise_conv": trained(convolution(), grid, taps, bias),
+        "with silu": trained(convolution(silu=True), grid, taps, bias),
+        "with all": trained(
+            convolution(residual=True, gelu=True), grid, taps[:32], bias[:32], grid, grid
+        ),
+        "power": trained(power, q, torch.empty(3136, 8, 32), torch.empty(2, 8, 32)),
+        "expm1": trained(expm1, q, torch.empty(2, 8, 32)),
+        "silu_gate": trained(torch.ops.fbila.silu_gate, *narrow(2, 2, 56, 56, 128)),
+    }
+
+
+def fused_into_sums():
+    """How many products the kernel of the focused map's rows fuses into what other threads sum.
+
+    It is compiled as Inductor compiles it, which knows no option but warps and stages.
+    """
+    shape, stride = (2, 8, 3136, 32), (3136 * 768, 32, 768, 1)
+    launch = plan_focus_rows(Axes(shape, stride), (0, 0), torch.bfloat16, 3.0)
+    names = launch.kernel.arg_names
+    numbers = names[4 : len(names) - len(launch.constants)]
+    signature = {"x": "*bf16", "columns": "*fp32", "mask": "constexpr", "rows": "*fp32"}
+    signature |= dict.fromkeys(numbers, "i32") | dict.fromkeys(launch.constants, "constexpr")
+    compiled = triton.compile(
+        ASTSource(launch.kernel, signature, {"mask": None, **launch.constants}),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": launch.options["num_warps"], "enable_fp_fusion": True},
+    )
+    ptx = compiled.asm["ptx"]
+    heard = re.findall(r"shfl\.sync\S*\s+(%\w+)", ptx)
+    assert heard
+    return sum(x in heard for x in re.findall(r"fma\.rn\.f32\s+%\w+, %\w+, %\w+, (%\w+);", ptx))
 
 
 def main():
     driver.set_active(Driver())
     inlining._shared_memory = lambda device: int(sys.argv[1])
+    # On the CPU as well, for training.
+    for module in (functional, halves):
+        module.choose_implementation = lambda *_: "triton"
     with FakeTensorMode():
         graphs = {f"{D} {N}": parts(attend, *heads(D, N)) for D in (8, 40, 160) for N in (64, 4096)}
         weights = [torch.empty(2, 32, device="cuda", dtype=torch.float16) for _ in range(2)]
@@ -109,7 +221,9 @@ def main():
     q = of_any_length()
     with q.fake_mode:
         graphs["symbols"] = parts(attend, q, q, q)
-    print(json.dumps(graphs))
+    with FakeTensorMode():
+        training = trainings()
+    print(json.dumps({"inference": graphs, "training": training, "fused": fused_into_sums()}))
 
 
 def of_any_length():

@@ -12,6 +12,7 @@ from helpers import CUDA
 from torch._inductor.utils import run_and_get_code
 
 from fbila import linear_attn
+from fbila.layers import FocusedLinearAttention
 from fbila.ops.norm_library import layer_norm_leaky_relu
 
 HOPPER = 227 * 1024
@@ -32,8 +33,18 @@ def graphs(shared_memory: int) -> dict:
 
 
 @pytest.fixture(scope="module")
-def on_hopper():
+def both_on_hopper():
     return graphs(HOPPER)
+
+
+@pytest.fixture(scope="module")
+def on_hopper(both_on_hopper):
+    return both_on_hopper["inference"]
+
+
+@pytest.fixture(scope="module")
+def in_training(both_on_hopper):
+    return both_on_hopper["training"]
 
 
 @pytest.mark.parametrize("D", [8, 40, 160])
@@ -71,12 +82,78 @@ def test_elsewhere_the_op_stays(case, on_hopper):
 
 
 def test_without_tokens_nothing_is_launched(on_hopper):
-    assert on_hopper["nothing"] == [["fbila.linear_attn.default"]]
+    assert on_hopper["nothing"] == []
+
+
+# What the kernels of a training step write, forward and backward, and the shapes of what is kept
+# for the gradients, of q, k and v (Q) or a grid (G) and of what is beside them.
+Q, G, STATE, INVERSE = [2, 8, 3136, 32], [2, 56, 56, 128], [16, 1056], [2, 8, 3136]
+FORWARD = [["partial"], ["state"], ["o", "inverse"]]
+BACKWARD = [["dq", "partial"], ["state"], ["dk", "dv"]]
+SUMS = [["sums"], ["dtaps", "dbias"]]
+TRAINING = {
+    "focused": (
+        [["rows"], ["rows"], *FORWARD],
+        [
+            ["dq", "dweight", "partial"],
+            ["state"],
+            ["dk", "dv", "dweight"],
+            ["df", "partial"],
+            ["df", "partial"],
+        ],
+        # The scale and what it becomes, and two numbers more than the inverse for a token.
+        [Q, Q, Q, [8, 32], [8, 32], [2, 3, 3136], [2, 3, 3136], STATE, INVERSE],
+    ),
+    "long": (FORWARD, BACKWARD, [Q, Q, Q, STATE, INVERSE]),
+    "short": (
+        [["o", "state", "inverse"]],
+        [["dq", "partial"], ["dk", "dv"]],
+        [[2, 8, 49, 32]] * 3 + [STATE, [2, 8, 49]],
+    ),
+    "simple": ([["partial"], ["state"], ["o"]], BACKWARD, [Q, Q, Q, STATE]),
+    "weighed": (
+        FORWARD,
+        [["dq", "partial"], ["state"], ["dk", "dv", "dweight"]],
+        [Q, Q, Q, INVERSE, STATE, INVERSE],
+    ),
+    # The state as it was given, and the number of keys.
+    "in halves": (FORWARD, BACKWARD, [Q, Q, Q, STATE, [2], INVERSE]),
+    "depthwise_conv": ([["y"]], [["y"], *SUMS], [G, [128, 1, 5, 5]]),
+    "with silu": ([["y"]], [["y"], ["y"], *SUMS], [G, [128, 1, 5, 5], [128]]),
+    "with all": ([["y"]], [["y"], ["y"], *SUMS], [G, [32, 1, 5, 5], [32], G, G]),
+    "power": ([["y", "opposite"]], [["dx", "sums"]], [Q, [3136, 8, 32], [2, 8, 32]]),
+    "expm1": ([["y"]], [["dx", "sums"]], [Q, [2, 8, 32]]),
+    "silu_gate": ([["y"]], [["dx", "dg"]], [G, G]),
+}
+
+
+@pytest.mark.parametrize("case", TRAINING)
+def test_training_steps_are_kernels(case, in_training):
+    forward, backward, _ = TRAINING[case]
+    assert in_training[case]["forward"] == [["kernel", *written] for written in forward]
+    assert in_training[case]["backward"] == [["kernel", *written] for written in backward]
+
+
+@pytest.mark.parametrize("case", TRAINING)
+def test_graphs_keep_what_eager_mode_keeps(case, in_training):
+    kept = [shape for shape in in_training[case]["kept"] if 0 not in shape]
+    assert kept == sorted(TRAINING[case][2])
+
+
+def test_the_ops_of_float64_stay_in_training(in_training):
+    assert in_training["float64"]["forward"] == [["fbila.linear_attn_forward.default"]]
+    assert in_training["float64"]["backward"] == [["fbila.linear_attn_backward.default"]]
+
+
+def test_threads_that_share_a_sum_make_it_alike(both_on_hopper):
+    assert both_on_hopper["fused"] == 0
 
 
 def test_with_little_shared_memory_ops_stay():
-    for parts in graphs(HOPPER - 1).values():
-        assert len(parts) == 1 and parts[0][0].startswith("fbila.")
+    found = graphs(HOPPER - 1)
+    steps = [step[name] for step in found["training"].values() for name in ("forward", "backward")]
+    for parts in [*found["inference"].values(), *steps]:
+        assert parts and all(name.startswith("fbila.") for name, *_ in parts)
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
@@ -102,3 +179,31 @@ def test_inductor_launches_them(dtype, shape):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
     call = code[code.index("def call") :]
     assert "norm_kernel" in call and "torch.ops.fbila" not in call
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_inductor_trains_by_them(dtype, tolerance):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    norm = torch.nn.LayerNorm(64, device="cuda")
+    attn = FocusedLinearAttention(64, 2, grid_size=28, device="cuda")
+    torch.nn.init.normal_(attn.scale)
+    x = torch.randn(2, 784, 64, device="cuda", requires_grad=True)
+    dy = torch.randn(2, 784, 64, device="cuda")
+    leaves = [x, *norm.parameters(), *attn.parameters()]
+
+    def block(x):
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            return x + attn(norm(x), 28, 28)
+
+    def step(block):
+        y = block(x)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
+
+    expected = step(block)
+    actual, codes = run_and_get_code(step, torch.compile(block, fullgraph=True))
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=tolerance * e.abs().max().item())
+    assert any("grad_focus_kernel" in code for code in codes)
+    assert not any("torch.ops.fbila" in code for code in codes)
