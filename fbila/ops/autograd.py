@@ -15,6 +15,11 @@ from .library import LIBRARY
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
 
+def is_batched(x: torch.Tensor) -> bool:
+    """Whether it is many gradients, as in `torch.autograd.grad(..., is_grads_batched=True)`."""
+    return torch._C._functorch.is_legacy_batchedtensor(x)
+
+
 def ordinary(*tensors: torch.Tensor | None) -> bool:
     """Whether calls on `tensors` need no dispatcher: no graph is traced and nobody looks on.
 
@@ -29,8 +34,8 @@ def ordinary(*tensors: torch.Tensor | None) -> bool:
     ):
         return False
     # Not `all`, whose generator takes as long as the rest.
-    for x in tensors:  # noqa: SIM110
-        if x is not None and (type(x) not in _ORDINARY or x.is_meta):
+    for x in tensors:
+        if x is not None and (type(x) not in _ORDINARY or x.is_meta or is_batched(x)):
             return False
     return True
 

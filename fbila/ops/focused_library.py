@@ -11,6 +11,7 @@ from .autograd import differentiable_by, needs_gradient, ordinary, refuse_second
 from .inlining import inline
 from .layout import empty_like_order
 from .library import LIBRARY, backward_of, empty_inverse, empty_state, forward_of
+from .replay import replayed
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor columns, Tensor? key_mask, Tensor? total"
 _OPTIONS = "float power, float eps"
@@ -24,11 +25,13 @@ LIBRARY.define(
 )
 
 
+@replayed
 def inference(q, k, v, columns, key_mask, total, power, eps):
     """o `(B, H, N, V)`."""
     return _forward(q, k, v, columns, key_mask, total, None, power, eps)[0]
 
 
+@replayed
 def forward(q, k, v, columns, key_mask, total, power, eps):
     """o, and for the backward pass the state, 1 / denominator and the rows of q and k."""
     inverse = empty_inverse(q, "mean")

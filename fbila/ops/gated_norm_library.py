@@ -17,6 +17,7 @@ from .autograd import differentiable_by, direct, needs_gradient, refuse_second_d
 from .library import LIBRARY, sum_dtype
 from .memory_format import dtypes_of
 from .norm_library import grad_by_row, normalized
+from .replay import replayed
 
 _ARGUMENTS = "Tensor x, Tensor v, Tensor gate, Tensor scale, Tensor weight, Tensor bias, float eps"
 LIBRARY.define(f"gated_norm({_ARGUMENTS}) -> Tensor")
@@ -52,6 +53,7 @@ def rows(*tensors):
     return [t if t.stride(1) == 1 else t.contiguous() for t in flat]
 
 
+@replayed
 def in_kernel(x, v, gate, scale, weight, bias, eps):
     from .kernels.gated_norm import fits, plan_gated_norm
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from . import halves_library  # noqa: F401 - defines the ops
+from . import halves_library
 from .autocast import cast_for_autocast
 from .checks import (
     check_feature_dim,
@@ -74,7 +74,7 @@ def linear_attn_state(
         return state_reference(k, v, feature_map, tables, key_weight, key_mask)
     keys = kernel_keys(k, key_weight, key_mask, count=True)
     table, order = kernel_table(tables, k)
-    state = torch.ops.fbila.linear_attn_state(
+    state = halves_library.linear_attn_state(
         k, v, keys.weight, keys.mask, table, feature_map or "none", order
     )
     B, H, M = k.shape[:3]
@@ -142,6 +142,6 @@ def linear_attn_apply(
         return apply_reference(q, state, feature_map, normalizer, eps, tables)
     rows = torch.cat((state.kv.flatten(-2), state.key_sum), -1).flatten(0, 1)
     table, order = kernel_table(tables, q)
-    return torch.ops.fbila.linear_attn_apply(
+    return halves_library.linear_attn_apply(
         q, rows, state.count.contiguous(), table, feature_map or "none", normalizer, order, eps
     )

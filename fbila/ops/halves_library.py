@@ -7,11 +7,12 @@ differentiated is said, as in `autograd.py`.
 
 import torch
 
-from .autograd import differentiable_by, refuse_second_derivative
+from .autograd import differentiable_by, needs_gradient, ordinary, refuse_second_derivative
 from .feature_maps import feature_dim
 from .inlining import inline
 from .layout import empty_like_order
 from .library import LIBRARY, empty_inverse, empty_state, sum_dtype
+from .replay import replayed
 
 _KEYS = "Tensor k, Tensor v, Tensor? key_weight, Tensor? key_mask, Tensor? table"
 _QUERY = "Tensor q, Tensor state, Tensor count, Tensor? table"
@@ -28,6 +29,7 @@ LIBRARY.define(
 )
 
 
+@replayed
 def state_of(k, v, key_weight, key_mask, table, feature_map, rotary):
     from .kernels.side import Side
     from .kernels.state import launch_state
@@ -38,6 +40,7 @@ def state_of(k, v, key_weight, key_mask, table, feature_map, rotary):
     return launch_state(k, v, side, feature_map)
 
 
+@replayed
 def state_backward(dstate, k, v, key_weight, key_mask, table, feature_map, rotary):
     """dk, dv and dw, which is empty without a weight."""
     from .kernels.grad_key import launch_grad_key
@@ -64,11 +67,13 @@ def _value_dim(q, state, feature_map):
     return state.shape[-1] // feature_dim(q.shape[-1], feature_map) - 1
 
 
+@replayed
 def apply(q, state, count, table, feature_map, normalizer, rotary, eps):
     """o `(B, H, N, V)`."""
     return _apply(q, state, count, table, None, feature_map, normalizer, rotary, eps)
 
 
+@replayed
 def apply_forward(q, state, count, table, feature_map, normalizer, rotary, eps):
     """o and 1 / denominator `(B, H, N)`."""
     inverse = empty_inverse(q, normalizer)
@@ -95,6 +100,7 @@ def _group(q, state):
     return q.shape[0] * q.shape[1] // state.shape[0]
 
 
+@replayed
 def apply_backward(do, q, state, count, table, inverse, feature_map, normalizer, rotary, eps):
     """dq and the state's gradient."""
     from .kernels.grad_query import launch_grad_query
@@ -159,12 +165,16 @@ class LinearAttnState(torch.autograd.Function):
     def forward(ctx, *arguments):
         ctx.options = arguments[5:]
         ctx.save_for_backward(*arguments[:5])
+        if ordinary(*arguments[:5]):
+            return state_of(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.fbila.linear_attn_state(*arguments)
 
     @staticmethod
     def backward(ctx, dstate):
-        run = torch.ops.fbila.linear_attn_state_backward
+        # With gradients enabled, gradients of gradients are wanted, which the op refuses.
+        unseen = not torch.is_grad_enabled() and ordinary(dstate, *ctx.saved_tensors)
+        run = state_backward if unseen else torch.ops.fbila.linear_attn_state_backward
         gradients = run(dstate, *ctx.saved_tensors, *ctx.options)
         wanted = zip(gradients, ctx.needs_input_grad, strict=False)
         return (*(x if needed else None for x, needed in wanted), *[None] * 4)
@@ -176,14 +186,18 @@ class LinearAttnApply(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         ctx.options = arguments[4:]
-        with torch._C._AutoDispatchBelowAutograd():
-            o, inverse = torch.ops.fbila.linear_attn_apply_forward(*arguments)
+        if ordinary(*arguments[:4]):
+            o, inverse = apply_forward(*arguments)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                o, inverse = torch.ops.fbila.linear_attn_apply_forward(*arguments)
         ctx.save_for_backward(*arguments[:4], inverse)
         return o
 
     @staticmethod
     def backward(ctx, do):
-        run = torch.ops.fbila.linear_attn_apply_backward
+        unseen = not torch.is_grad_enabled() and ordinary(do, *ctx.saved_tensors)
+        run = apply_backward if unseen else torch.ops.fbila.linear_attn_apply_backward
         gradients = run(do, *ctx.saved_tensors, *ctx.options)
         wanted = zip(gradients, ctx.needs_input_grad, strict=False)
         return (*(x if needed else None for x, needed in wanted), *[None] * 6)
@@ -193,3 +207,21 @@ differentiable_by("linear_attn_state", LinearAttnState.apply, state_of)
 differentiable_by("linear_attn_apply", LinearAttnApply.apply, apply)
 refuse_second_derivative("linear_attn_state_backward", "linear_attn_state")
 refuse_second_derivative("linear_attn_apply_backward", "linear_attn_apply")
+
+
+def linear_attn_state(k, v, key_weight, key_mask, table, *options):
+    """`fbila::linear_attn_state`, straight away where nothing stands in between."""
+    tensors = (k, v, key_weight, key_mask, table)
+    if not ordinary(*tensors):
+        return torch.ops.fbila.linear_attn_state(*tensors, *options)
+    run = LinearAttnState.apply if needs_gradient(*tensors) else state_of
+    return run(*tensors, *options)
+
+
+def linear_attn_apply(q, state, count, table, *options):
+    """`fbila::linear_attn_apply`, straight away where nothing stands in between."""
+    tensors = (q, state, count, table)
+    if not ordinary(*tensors):
+        return torch.ops.fbila.linear_attn_apply(*tensors, *options)
+    run = LinearAttnApply.apply if needs_gradient(*tensors) else apply
+    return run(*tensors, *options)

@@ -42,11 +42,6 @@ def _is_large(x: Tensor, weight: Tensor) -> bool:
     return min(I, O) > 0 and x.numel() // I * max(I, O) >= FEWEST
 
 
-def _is_batched(dy: Tensor) -> bool:
-    """Whether it is many gradients, as in `torch.autograd.grad(..., is_grads_batched=True)`."""
-    return torch._C._functorch.is_legacy_batchedtensor(dy)
-
-
 class _Linear(torch.autograd.Function):
     """Keeps x and weight alone, and of these what the wanted gradients read."""
 
@@ -70,7 +65,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         # With gradients enabled, gradients of gradients are wanted.
-        unseen = not torch.is_grad_enabled() and ordinary(dy, x, weight) and not _is_batched(dy)
+        unseen = not torch.is_grad_enabled() and ordinary(dy, x, weight)
         differentiate = by_kernels if unseen else by_pytorch
         # The products are of the dtypes of the forward pass, as kernels take them.
         with without_autocast(dy):

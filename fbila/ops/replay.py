@@ -59,7 +59,7 @@ def replayed(run: Callable) -> Callable:
                 bits |= pointer
             elif of in _PLAIN:
                 kind.append(x)
-            elif of is list:
+            elif of is list or of is tuple:
                 kind.append(tuple(x))
             else:
                 return run(*arguments)

@@ -21,6 +21,7 @@ from .autograd import differentiable_by, direct, needs_gradient
 from .inlining import inline
 from .library import LIBRARY, sum_dtype
 from .memory_format import beside, dtypes_of
+from .replay import replayed
 from .signed_map_backward_library import added, channels_together, empty_token_major, rows_for
 
 LIBRARY.define(
@@ -40,6 +41,7 @@ def empty_results(x, addend, table, kind, both):
     return empty_token_major(x), empty_token_major(x) if both else x.new_empty(0)
 
 
+@replayed
 def in_kernel(x, addend, table, kind, both):
     from .kernels.signed_map import plan_signed_map
 

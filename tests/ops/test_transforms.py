@@ -242,3 +242,20 @@ def test_nothing_waits_for_the_gpu():
         run(MEAN, *tensors)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_many_gradients_at_once():
+    q, k, v, _ = make_qkv((1, 2, 5, 5, 4, 6), torch.float32)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    o, state = linear_attn(*leaves, **BOTH), linear_attn_state(*leaves[1:], **BOTH)
+    for y, inputs in (
+        (o, leaves),
+        (state.kv, leaves[1:]),
+        (linear_attn_apply(leaves[0], state, **BOTH), leaves),
+    ):
+        many = torch.randn(3, *y.shape, device=DEVICE)
+        found = torch.autograd.grad(y, inputs, many, retain_graph=True, is_grads_batched=True)
+        for i, dy in enumerate(many):
+            expected = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+            for one, other in zip(found, expected, strict=True):
+                assert torch.equal(one[i], other)
