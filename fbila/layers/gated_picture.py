@@ -14,7 +14,8 @@ from ..ops import Rotary
 from .axial_rotary import AxialRotary, check_pairs
 from .checks import check_heads
 from .depthwise_conv import DepthwiseConv2d
-from .grid import as_grid, as_tokens, heads_of
+from .grid import heads_of
+from .over_tokens import over_tokens
 from .pointwise_conv import PointwiseConv2d
 
 
@@ -57,12 +58,14 @@ class GatedPictureAttention(nn.Module):
         H, W = x.shape[2:]
         # Views of what the convolution wrote, in whichever order, read in place. As one split of
         # tokens they have one gradient.
-        parts = as_tokens(self.qkvo(x)).chunk(4, -1)
+        parts = over_tokens(self.qkvo, x.permute(0, 2, 3, 1)).flatten(1, 2).chunk(4, -1)
         q, k, v = (heads_of(part, self.num_heads) for part in parts[:3])
         out = self.mix(q, k, v, self.rope(H, W, x) if rotary is None else rotary)
-        values, gate = (as_grid(part, H, W) for part in parts[2:])
+        values, gate = (part.unflatten(1, (H, W)) for part in parts[2:])
         # A view likewise: the operators answer in the memory order of q.
-        return self.proj(self.lepe(values, out.mT.flatten(1, 2).unflatten(2, (H, W)), gate))
+        out = out.mT.flatten(1, 2).mT.unflatten(1, (H, W))
+        y = over_tokens(self.lepe, values, out, gate)
+        return over_tokens(self.proj, y).permute(0, 3, 1, 2)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, rotary: Any) -> Tensor:
         """`(B, heads, N, d)` of q, k and v of that shape."""

@@ -18,8 +18,9 @@ from ..ops import Rotary, linear_attn
 from .axial_rotary import AxialRotary, axial_rotary
 from .checks import check_heads
 from .depthwise_conv import DepthwiseConv2d
-from .grid import as_grid, as_tokens, grid_of, heads_of
+from .grid import grid_of, heads_of
 from .linear import Linear
+from .over_tokens import over_tokens
 
 
 class MLLALinearAttention(nn.Module):
@@ -93,8 +94,8 @@ class MLLALinearAttention(nn.Module):
             eps=1e-6,
             rotary=tables,
         )
-        out = as_grid(out.transpose(1, 2).flatten(2), H, W)
-        return as_tokens(self.lepe(as_grid(x, H, W), out))
+        out = out.transpose(1, 2).flatten(2).unflatten(1, (H, W))
+        return over_tokens(self.lepe, x.unflatten(1, (H, W)), out).flatten(1, 2)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"

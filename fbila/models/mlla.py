@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from ..layers import MLLALinearAttention
 from ..layers.depthwise_conv import DepthwiseConv2d
 from ..layers.linear import Linear
+from ..layers.over_tokens import over_tokens
 from ..ops.silu_gate_library import silu_gate
 from .conv_tokens import TokenBackbone, TokenBlock
 from .default_cfg import imagenet_cfg
-from .stages import create_staged, over_grid
+from .stages import create_staged
 
 # FX cannot follow what it does with sizes.
 register_notrace_module(MLLALinearAttention)
@@ -63,7 +64,7 @@ class MLLABlock(TokenBlock):
     def mix(self, x: Tensor) -> Tensor:
         _, H, W, _ = x.shape
         gate = self.act_proj(x)
-        x = over_grid(self.dwc, self.in_proj(x), silu=True)
+        x = over_tokens(self.dwc, self.in_proj(x), silu=True)
         x = self.attn(x.flatten(1, 2), H, W).unflatten(1, (H, W))
         return self.out_proj(self.gate(x, gate))
 

@@ -11,6 +11,7 @@ from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from ..layers.depthwise_conv import DepthwiseConv2d
+from ..layers.over_tokens import over_tokens
 from .backbone import Backbone
 
 
@@ -100,4 +101,4 @@ def over_grid(module: nn.Module, x: Tensor, *args: Any, **options: Any) -> Tenso
 
 def with_conv(conv: DepthwiseConv2d, x: Tensor) -> Tensor:
     """`x + conv(x)` of `(B, H, W, C)`."""
-    return conv(x.permute(0, 3, 1, 2), residual=True).permute(0, 2, 3, 1)
+    return over_tokens(conv, x, residual=True)

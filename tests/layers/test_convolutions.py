@@ -7,6 +7,7 @@ from helpers import DEVICE
 from torch import nn
 
 from fbila.layers.depthwise_conv import DepthwiseConv2d
+from fbila.layers.over_tokens import over_tokens
 from fbila.layers.pointwise_conv import PointwiseConv2d
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -78,3 +79,40 @@ def test_autocast_casts_the_picture_alone():
         for y in (module(x, x, x), module(x, gate=x, residual=True)):
             assert y.dtype == torch.float32
             torch.testing.assert_close(y, expected * x, rtol=1e-2, atol=5e-2)
+
+
+@each_format
+@pytest.mark.parametrize("kind", ["depthwise", "pointwise", "stock"])
+def test_over_tokens(kind, order):
+    kwargs = {"device": DEVICE, "dtype": torch.float64}
+    module, options = nn.Conv2d(6, 4, 3, padding=1, **kwargs), {}
+    others = []
+    if kind == "depthwise":
+        module, options = DepthwiseConv2d(6, 3, **kwargs), {"residual": True, "silu": True}
+        others = [None, picture(order, seed=1)]
+    elif kind == "pointwise":
+        module = PointwiseConv2d(6, 4, **kwargs)
+    x = picture(order).requires_grad_()
+    expected = module(x, *others, **options)
+    gate = [None if t is None else t.permute(0, 2, 3, 1) for t in others]
+    found = over_tokens(module, x.permute(0, 2, 3, 1), *gate, **options).permute(0, 3, 1, 2)
+    torch.testing.assert_close(found, expected)
+    leaves = [x, *module.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad(found.sin().sum(), leaves),
+        torch.autograd.grad(expected.sin().sum(), leaves),
+    )
+
+
+@pytest.mark.parametrize("kind", [DepthwiseConv2d, PointwiseConv2d])
+def test_over_tokens_calls_what_has_a_hook_or_a_forward_of_its_own(kind):
+    module = kind(6, 3) if kind is DepthwiseConv2d else kind(6, 6)
+    x, seen = torch.randn(2, 5, 7, 6), []
+    handle = module.register_forward_hook(lambda module, args, y: seen.append(args[0].shape))
+    over_tokens(module, x)
+    assert seen == [(2, 6, 5, 7)]
+    handle.remove()
+    over_tokens(module, x)
+    assert len(seen) == 1
+    module.forward = lambda x: 0 * x
+    assert not over_tokens(module, x).any()

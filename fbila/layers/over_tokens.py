@@ -1,0 +1,37 @@
+"""Convolutions of pictures, given tokens: without views, of which gradients have as many again."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..ops.autograd import ordinary
+from ..ops.depthwise_conv_library import depthwise_conv
+from ..ops.linear import linear
+from .depthwise_conv import DepthwiseConv2d
+from .plain_modules import plain
+from .pointwise_conv import PointwiseConv2d
+
+
+def over_tokens(module: nn.Module, x: Tensor, *others: Tensor | None, **options: Any) -> Tensor:
+    """`(B, H, W, C)` through what takes `(B, C, H, W)`, a view of it.
+
+    A convolution of ours whose call does nothing else is not called, but what it computes by.
+
+    Args:
+        module: What takes pictures.
+        x: The tokens.
+        others, options: Its other arguments; tensors are of tokens, too.
+
+    Example:
+        >>> import torch
+        >>> over_tokens(DepthwiseConv2d(8, 3), torch.randn(2, 5, 7, 8), residual=True).shape
+        torch.Size([2, 5, 7, 8])
+    """
+    if ordinary(x) and x.stride(3) == 1:
+        convolution: Any = module
+        if plain(module, DepthwiseConv2d):
+            return depthwise_conv(x, convolution.weight, convolution.bias, *others, **options)
+        if plain(module, PointwiseConv2d):
+            return linear(x, convolution.weight.flatten(1), convolution.bias)
+    pictures = [None if t is None else t.permute(0, 3, 1, 2) for t in (x, *others)]
+    return module(*pictures, **options).permute(0, 2, 3, 1)
