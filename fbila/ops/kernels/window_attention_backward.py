@@ -18,8 +18,9 @@ from .launch import Launch, kernel
 from .window_attention import MULTIPROCESSORS, geometry
 from .windows import bias_of, load_heads, tokens_of, weights_of
 
-# Programs for every multiprocessor: what each of them sums has to be added up.
-PROGRAMS = 4
+# Programs that a multiprocessor has room for, and how many windows' time each takes beside them:
+# for its bias, and its sums.
+PROGRAMS, BESIDE = 2, 2
 
 
 @kernel
@@ -119,7 +120,7 @@ def plan_grad_window_attention(
     shape: of dy. dtypes: of qkv, table, fill, dy and dtable, which is `(numbers, heads)`.
     """
     windows, numbers, constants = geometry(shape, heads, window, shift, dtypes[2] is not None)
-    parts = min(shape[0], triton.cdiv(PROGRAMS * MULTIPROCESSORS, windows * heads))
+    parts = parts_of(shape[0], windows * heads)
     launch = Launch(
         grad_window_attention_kernel,
         (windows * heads, parts),
@@ -128,12 +129,26 @@ def plan_grad_window_attention(
         # In float32 there are no tensor cores, whose tiles four warps share best.
         {"num_warps": 8 if dtypes[0] == torch.float32 else 4, "num_stages": 1},
     )
-    tile = {"WH": window[0], "WW": window[1], "BLOCK": constants["BLOCK"], "AT_A_TIME": 16}
+    tile = {"WH": window[0], "WW": window[1], "BLOCK": constants["BLOCK"], "AT_A_TIME": 32}
     add_up = Launch(
         grad_table_kernel,
         (heads * (2 * window[0] - 1) * (2 * window[1] - 1), 1),
         (windows * parts, heads),
         tile,
-        {"num_warps": 2, "num_stages": 1},
+        {"num_warps": 4, "num_stages": 1},
     )
     return launch, add_up, windows * parts
+
+
+def parts_of(pictures: int, programs: int) -> int:
+    """Into how many parts pictures are split, with as many programs for each of them.
+
+    Programs run in rounds of as many as there is room for, the last of which may be nearly empty.
+    """
+    room = PROGRAMS * MULTIPROCESSORS
+
+    def time(parts: int) -> int:
+        rounds = triton.cdiv(programs * parts, room)
+        return rounds * (triton.cdiv(pictures, parts) + BESIDE)
+
+    return min(range(1, min(pictures, room) + 1), key=time)
