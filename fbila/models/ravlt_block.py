@@ -18,8 +18,12 @@ from ..layers.axial_rotary import AxialRotary
 from ..layers.depthwise_conv import DepthwiseConv2d
 from ..layers.gated_picture import GatedPictureAttention
 from ..layers.layer_norm import LayerNorm
+from ..layers.over_tokens import over_tokens
+from ..layers.plain_modules import plain
 from ..layers.pointwise_conv import PointwiseConv2d
 from ..ops import Rotary
+from ..ops.autograd import ordinary
+from ..ops.derived import derived
 from ..ops.rotary import rotate
 from .stages import over_grid, with_conv
 
@@ -36,13 +40,29 @@ class SoftmaxPictureAttention(GatedPictureAttention):
         # channels_last, without a copy. PyTorch 2.11 looks up the plan of cuDNN's backward pass by
         # the strides of q, k and v alone. Where the gradient lay otherwise than in the call which
         # made the plan, it would be misread: it has to lie as the output, whatever is around.
-        tables = Rotary(rotary.cos.unsqueeze(1), rotary.sin.unsqueeze(1), rotary.interleaved)
-        # In the dtype of the tables, float32 at least.
-        q, k = (
-            rotate(t.transpose(1, 2).to(tables.cos.dtype), tables).to(v.dtype).transpose(1, 2)
-            for t in (q, k)
-        )
+        turns = _turns(rotary, q, k)
+        q, k = (_rotated(t.transpose(1, 2), rotary, turns).transpose(1, 2) for t in (q, k))
         return F.scaled_dot_product_attention(q, k, v)
+
+
+def _turns(rotary: Rotary, q: Tensor, k: Tensor) -> Tensor | None:
+    """The tables as complex numbers `(N, 1, d / 2)`, if channels of q and k are contiguous."""
+    cos, sin, interleaved = rotary
+    # Compilers do better without them.
+    if not (interleaved and ordinary(q, k, cos, sin) and q.stride(-1) == k.stride(-1) == 1):
+        return None
+    return derived(lambda: torch.complex(cos, sin).unsqueeze(1), "complex", cos, sin)
+
+
+def _rotated(x: Tensor, rotary: Rotary, turns: Tensor | None) -> Tensor:
+    """x `(B, N, heads, d)` rotated in the dtype of the tables, float32 at least."""
+    cos, sin, interleaved = rotary
+    wide = x.to(cos.dtype)
+    if turns is None:
+        tables = Rotary(cos.unsqueeze(1), sin.unsqueeze(1), interleaved)
+        return rotate(wide, tables).to(x.dtype)
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * turns
+    return torch.view_as_real(pairs).flatten(-2).to(x.dtype)
 
 
 @register_notrace_module
@@ -94,12 +114,12 @@ class ConvFeedForward(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
+        x = over_tokens(self.fc1, x.permute(0, 2, 3, 1))
         if self.training and self.drop1.p > 0:
-            x = self.dwconv(self.drop1(F.gelu(x)), residual=True)
+            x = over_tokens(self.dwconv, self.drop1(F.gelu(x)), residual=True)
         else:
-            x = self.dwconv(x, residual=True, gelu=True)
-        return self.drop2(self.fc2(x))
+            x = over_tokens(self.dwconv, x, residual=True, gelu=True)
+        return self.drop2(over_tokens(self.fc2, x).permute(0, 3, 1, 2))
 
 
 class RAVLTBlock(nn.Module):
@@ -127,8 +147,12 @@ class RAVLTBlock(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
         x = with_conv(self.pos, x)
-        x = x + self._scaled(self.gamma_1, over_grid(self.attn, self.norm1(x), rotary))
-        return x + self._scaled(self.gamma_2, over_grid(self.ffn, self.norm2(x)))
+        x = self._with(x, self.gamma_1, over_grid(self.attn, self.norm1(x), rotary))
+        return self._with(x, self.gamma_2, over_grid(self.ffn, self.norm2(x)))
 
-    def _scaled(self, gamma: Tensor, x: Tensor) -> Tensor:
-        return self.drop_path(gamma.flatten() * x)
+    def _with(self, x: Tensor, gamma: Tensor, y: Tensor) -> Tensor:
+        """`x + gamma * y`, with stochastic depth."""
+        drop_path = self.drop_path
+        if plain(drop_path, nn.Identity) or (plain(drop_path, DropPath) and not self.training):
+            return torch.addcmul(x, gamma.flatten(), y)
+        return x + drop_path(gamma.flatten() * y)

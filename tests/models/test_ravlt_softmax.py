@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from helpers import CUDA, DEVICE
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fbila.layers import depthwise_conv
-from fbila.models.ravlt_block import SoftmaxPictureAttention
+from fbila.layers import over_tokens
+from fbila.models.ravlt_block import RAVLTBlock, SoftmaxPictureAttention
 
 
 class ChannelsFirst(SoftmaxPictureAttention):
@@ -25,9 +25,9 @@ class ChannelsFirst(SoftmaxPictureAttention):
         return out
 
 
-def the_operator(*tensors, **options):
+def the_operator(*tensors):
     """What there is on a GPU, where no kernel runs."""
-    return torch.ops.fbila.depthwise_conv(*tensors, *options.values())
+    return torch.ops.fbila.depthwise_conv(*tensors, False, False, False)
 
 
 @pytest.mark.parametrize("operator", [False, True])
@@ -43,7 +43,7 @@ def test_memory_order(grid, operator, monkeypatch):
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     if operator:
-        monkeypatch.setattr(depthwise_conv, "depthwise_conv", the_operator)
+        monkeypatch.setattr(over_tokens, "depthwise_conv", the_operator)
     layer = SoftmaxPictureAttention(24, 3, device=DEVICE)
     x = torch.randn(2, 24, *grid, device=DEVICE).to(memory_format=torch.channels_last)
     y = layer(x.requires_grad_())
@@ -100,3 +100,25 @@ def gradients(kind, heads, side, batch, dtype=None):
         y = layer(x)
     y.backward(dy.to(y.dtype))
     return {"x": x.grad} | {name: p.grad for name, p in layer.named_parameters()}
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+@pytest.mark.parametrize("training", [False, True])
+def test_branches_are_scaled(drop_path, training):
+    torch.manual_seed(0)
+    attn = SoftmaxPictureAttention(16, 2, dtype=torch.float64)
+    block = RAVLTBlock(attn, 16, 2.0, 0.5, drop_path=drop_path, dtype=torch.float64)
+    block.train(training)
+    x = torch.randn(3, 4, 5, 16, dtype=torch.float64)
+    rotary = attn.rope(4, 5, x)
+    torch.manual_seed(1)
+    y = block(x, rotary)
+
+    def branch(module, norm, gamma, x, *others):
+        z = module(norm(x).permute(0, 3, 1, 2), *others).permute(0, 2, 3, 1)
+        return x + block.drop_path(gamma.flatten() * z)
+
+    torch.manual_seed(1)
+    x = x + block.pos(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    x = branch(block.attn, block.norm1, block.gamma_1, x, rotary)
+    torch.testing.assert_close(y, branch(block.ffn, block.norm2, block.gamma_2, x))
