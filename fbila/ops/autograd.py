@@ -12,12 +12,9 @@ from . import library
 from .inlining import inline
 from .library import LIBRARY
 
-_ORDINARY = (torch.Tensor, torch.nn.Parameter)
-
-
-def is_batched(x: torch.Tensor) -> bool:
-    """Whether it is many gradients, as in `torch.autograd.grad(..., is_grads_batched=True)`."""
-    return torch._C._functorch.is_legacy_batchedtensor(x)
+_ORDINARY = {torch.Tensor, torch.nn.Parameter}
+# Many gradients, as in `torch.autograd.grad(..., is_grads_batched=True)`.
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def ordinary(*tensors: torch.Tensor | None) -> bool:
@@ -35,7 +32,7 @@ def ordinary(*tensors: torch.Tensor | None) -> bool:
         return False
     # Not `all`, whose generator takes as long as the rest.
     for x in tensors:
-        if x is not None and (type(x) not in _ORDINARY or x.is_meta or is_batched(x)):
+        if x is not None and (type(x) not in _ORDINARY or x.is_meta or _is_batched(x)):
             return False
     return True
 
