@@ -1,8 +1,11 @@
 """Ways in processes of their own make the record that one process would make."""
 
 import argparse
+import io
 import json
 from dataclasses import replace
+
+import pytest
 
 from benchmarks import apart
 from benchmarks.apart import measure_apart
@@ -67,3 +70,21 @@ def test_rows_are_compiled_together(monkeypatch):
     names = [row.name for row in rows]
     assert [record["official"]["row"] for _, record in records] == names
     assert order == ["start", "start", *names[:2], "start", names[2]]
+
+
+@pytest.mark.parametrize("failures", [0, 2, 9])
+def test_who_finds_too_little_memory_waits_for_the_others(failures, monkeypatch):
+    (row,) = select(TINY_ROWS, ["eager/tiny/64"])
+    slept, tries, answers = [], [], io.StringIO()
+    monkeypatch.setattr(apart.time, "sleep", slept.append)
+
+    def measure(row):
+        tries.append(row.attentions)
+        outcome = {"out_of_memory": "full"} if len(tries) <= failures else {"ms": 1.0}
+        return {"attentions": {"official": outcome}}
+
+    apart.answer("official", row, measure, answers)
+    record = json.loads(answers.getvalue())["attentions"]["official"]
+    assert record == ({"ms": 1.0} if failures < len(apart.PAUSES) else {"out_of_memory": "full"})
+    assert tries == [("official",)] * min(failures + 1, len(apart.PAUSES))
+    assert slept == list(apart.PAUSES[:failures])
