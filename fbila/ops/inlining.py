@@ -7,8 +7,8 @@ autograd's function calls below it. What is kept in between is what that functio
 do not run again what launches a kernel. Where that cannot be, the op stays in the graph: in what
 torch.export writes; with sizes that are symbols, which blocks are not chosen by.
 
-Inductor knows no options of a launch but warps and stages. A kernel that needs another to be right
-stays an op.
+Of the options of a launch Inductor passes on warps and stages, and not every version the others: a
+kernel that needs one of those to be right stays an op.
 """
 
 from collections.abc import Callable

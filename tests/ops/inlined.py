@@ -174,7 +174,7 @@ def trainings():
 def fused_into_sums():
     """How many products the kernel of the focused map's rows fuses into what other threads sum.
 
-    It is compiled as Inductor compiles it, which knows no option but warps and stages.
+    It is compiled as PyTorch 2.11's Inductor does, which drops the option against that.
     """
     shape, stride = (2, 8, 3136, 32), (3136 * 768, 32, 768, 1)
     launch = plan_focus_rows(Axes(shape, stride), (0, 0), torch.bfloat16, 3.0)

@@ -209,7 +209,7 @@ def plan_focus_rows(
             "ACC": Tiling.acc(dtype),
         },
         # The threads that share a token each add up its sums. With products fused into additions
-        # those would differ in the last bit, and any one of them be stored. Inductor drops the
+        # those would differ in the last bit, and any one of them be stored. Some Inductors drop the
         # option: there it is `apart` alone that prevents it.
         {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False},
     )
