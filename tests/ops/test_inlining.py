@@ -182,7 +182,7 @@ def test_inductor_launches_them(dtype, shape):
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 5e-2)])
 def test_inductor_trains_by_them(dtype, tolerance):
     torch._dynamo.reset()
     torch.manual_seed(0)
