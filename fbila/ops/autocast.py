@@ -22,6 +22,13 @@ def cast_for_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     )
 
 
+def stays(x: torch.Tensor) -> bool:
+    """Whether autocast leaves x as it is; sooner found than a cast, but not while compiling."""
+    if not torch._C._is_any_autocast_enabled():
+        return True
+    return x.dtype == torch.get_autocast_dtype(x.device.type)
+
+
 def without_autocast(x: torch.Tensor) -> AbstractContextManager:
     """Where autocast would take float32 products back to half precision."""
     if x.is_meta:

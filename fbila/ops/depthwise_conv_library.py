@@ -18,7 +18,7 @@ A kernel on CUDA for k = 3 and 5, PyTorch elsewhere.
 import torch
 import torch.nn.functional as F
 
-from .autocast import cast_for_autocast, without_autocast
+from .autocast import cast_for_autocast, stays, without_autocast
 from .autograd import differentiable_by, direct, needs_gradient, refuse_second_derivative
 from .gated_conv_backward_library import slope
 from .inlining import inline
@@ -276,11 +276,14 @@ def depthwise_conv(
 
     Under autocast the convolution alone is of the lower precision, as PyTorch's own.
     """
-    (narrow,) = cast_for_autocast(x)
     wanted = needs_gradient(x, weight, bias, addend, gate)
-    # What no kernel is for: f(x) of another precision than the convolution, and a gradient.
-    apart = (gelu or residual) and narrow.dtype != x.dtype
-    apart = apart or (silu and addend is not None and wanted)
+    # What no kernel is for: a gradient, and below f(x) of another precision than the convolution.
+    apart = silu and addend is not None and wanted
+    if not apart and direct(x, weight, bias, addend, gate) and stays(x):
+        run = DepthwiseConv.apply if wanted else in_kernel
+        return run(x, weight, bias, addend, gate, residual, gelu, silu)
+    (narrow,) = cast_for_autocast(x)
+    apart = apart or ((gelu or residual) and narrow.dtype != x.dtype)
     if apart or not x.is_cuda:
         f = F.gelu(x) if gelu else x
         y = (depthwise_conv if x.is_cuda else convolution)(f, weight, bias)
