@@ -84,6 +84,7 @@ def test_programs_go_over_several_tiles(D, programs, monkeypatch):
     from fbila.ops.kernels import gated_norm as kernels
 
     monkeypatch.setattr(kernels, "MULTIPROCESSORS", programs)
+    monkeypatch.setattr("fbila.ops.replay._PROGRAMS", {})
     kernels.plan_gated_norm.cache_clear()
     shape = (3000 if D == 8 else 61, D)
     tensors = draw(shape, 2, torch.float32)

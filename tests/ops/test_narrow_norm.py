@@ -91,6 +91,7 @@ def test_a_row_depends_on_no_other_and_on_no_program(monkeypatch, D):
         )
     for number in (1, 2, 7):
         monkeypatch.setattr(norm, "PROGRAMS", number)
+        monkeypatch.setattr("fbila.ops.replay._PROGRAMS", {})
         clear()
         assert torch.equal(in_kernel(x, *weights, 1e-5, 0.01), together)
     clear()

@@ -94,6 +94,7 @@ def test_many_programs(monkeypatch):
     plans = (kernels.plan_signed_map, backward_kernels.plan_signed_map_backward)
     for programs in (1, 12, 10**6):
         monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+        monkeypatch.setattr("fbila.ops.replay._PROGRAMS", {})
         monkeypatch.setattr(backward_kernels, "_PROGRAMS", programs)
         for plan in plans:
             plan.cache_clear()
