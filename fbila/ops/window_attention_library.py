@@ -188,6 +188,7 @@ inline("window_attention", in_kernel)
 LIBRARY.impl("window_attention_backward", backward_in_kernel, "CUDA")
 LIBRARY.impl("window_attention_backward", backward_in_pytorch, "CPU")
 torch.library.register_fake("fbila::window_attention_backward", empty_gradients, lib=LIBRARY)
+inline("window_attention_backward", backward_in_kernel)
 refuse_second_derivative("window_attention_backward", "window_attention", "Use PyTorch's for that.")
 
 

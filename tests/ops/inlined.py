@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 
 from fbila import focused_la, linear_attn, linear_attn_apply, linear_attn_state, simple_la
-from fbila.ops import functional, halves, inlining
+from fbila.ops import functional, halves, inlining, window_attention_library  # noqa: F401
 from fbila.ops.depthwise_conv_library import depthwise_conv
 from fbila.ops.kernels.focus import plan_focus_rows
 from fbila.ops.kernels.memory import Axes
@@ -145,6 +145,11 @@ def expm1(x, table):
     return signed_map(x, None, table, "expm1")[0]
 
 
+def windows(qkv, table, fill):
+    """By the op, as the convolution is."""
+    return torch.ops.fbila.window_attention(qkv, table, fill, (7, 7), (3, 3))
+
+
 def trainings():
     def narrow(*shape):
         return torch.empty(shape, dtype=torch.bfloat16)
@@ -167,6 +172,10 @@ def trainings():
         ),
         "power": trained(power, q, torch.empty(3136, 8, 32), torch.empty(2, 8, 32)),
         "expm1": trained(expm1, q, torch.empty(2, 8, 32)),
+        "windows": trained(windows, narrow(2, 14, 14, 288), torch.empty(169, 3), torch.empty(288)),
+        "windows beyond": trained(
+            windows, narrow(2, 9, 9, 288), torch.empty(169, 3), torch.empty(288)
+        ),
         "silu_gate": trained(torch.ops.fbila.silu_gate, *narrow(2, 2, 56, 56, 128)),
     }
 
@@ -212,6 +221,9 @@ def main():
         bias = bias.new_empty(256)
         graphs["depthwise_conv"] = parts(depthwise_conv, grid, taps, bias)
         graphs["with all"] = parts(depthwise_conv, grid, taps, bias, grid + 1, grid)
+        qkv = torch.empty(2, 9, 9, 288, device="cuda", dtype=torch.float16)
+        table, fill = qkv.new_empty(169, 3), qkv.new_empty(288)
+        graphs["windows"] = parts(windows, qkv, table, fill)
         graphs["float64"] = parts(attend, *heads(64, 300, torch.float64))
         graphs["nothing"] = parts(attend, *heads(64, 0))
         far = torch.empty(1, device="cuda", dtype=torch.float16)

@@ -63,7 +63,7 @@ def test_norms_are_kernels(on_hopper):
     assert on_hopper["norm"] == [["kernel", "o"]]
 
 
-@pytest.mark.parametrize("case", ["silu_gate", "depthwise_conv", "with all"])
+@pytest.mark.parametrize("case", ["silu_gate", "depthwise_conv", "with all", "windows"])
 def test_what_is_around_attention_is_a_kernel(case, on_hopper):
     assert on_hopper[case] == [["kernel", "y"]]
 
@@ -123,6 +123,17 @@ TRAINING = {
     "with all": ([["y"]], [["y"], ["y"], *SUMS], [G, [32, 1, 5, 5], [32], G, G]),
     "power": ([["y", "opposite"]], [["dx", "sums"]], [Q, [3136, 8, 32], [2, 8, 32]]),
     "expm1": ([["y"]], [["dx", "sums"]], [Q, [2, 8, 32]]),
+    # The table as it is turned over for them.
+    "windows": (
+        [["y"]],
+        [["dqkv", "sums"], ["dtable"]],
+        [[2, 14, 14, 288], [3, 169], [288]],
+    ),
+    "windows beyond": (
+        [["y"]],
+        [["dqkv", "sums", "beyond"], ["dtable"]],
+        [[2, 9, 9, 288], [3, 169], [288]],
+    ),
     "silu_gate": ([["y"]], [["dx", "dg"]], [G, G]),
 }
 
