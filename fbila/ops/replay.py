@@ -29,6 +29,7 @@ _ALLOCATIONS = {
 }
 _HARMLESS = {
     _aten.promote_types.default,
+    _aten.detach.default,
     _aten.transpose.int,
     _aten.permute.default,
     _aten.view.default,
@@ -77,12 +78,13 @@ class Program:
     """What a pass allocates and launches, and which of the tensors it returns."""
 
     @staticmethod
-    def of(inputs: list[torch.Tensor], launched: list, results: Any) -> "Program | None":
+    def of(inputs: list[torch.Tensor], watch: "Watch", results: Any) -> "Program | None":
         """For a pass that only allocates and launches; None if it cannot be told what is what.
 
-        inputs: Its tensors. launched: Its launches, each with its tensors, which are told by where
-            they begin: views of whole ones are the same.
+        inputs: Its tensors, which like all others are told by where they begin: views of whole ones
+            are the same. watch: What has seen it.
         """
+        launched = watch.launched
         places = {x.data_ptr(): i for i, x in enumerate(inputs)}
         if not launched or len(places) < len(inputs) or len({x.device for x in inputs}) > 1:
             return None
@@ -103,8 +105,9 @@ class Program:
                 return None
             returned.append(place)
             made[place] = x
-        memory = {x.untyped_storage().data_ptr() for x in inputs}
-        if not all(_whole(x) and x.data_ptr() not in memory for x in made if x.numel()):
+        # What it found elsewhere cannot be made.
+        allocated = {x.data_ptr() for x in watch.allocated}
+        if not all(_whole(x) and x.data_ptr() in allocated for x in made if x.numel()):
             return None
         single = isinstance(results, torch.Tensor)
         return Program(inputs, launched, places, made, returned[0] if single else returned)
@@ -159,17 +162,23 @@ class Watch(TorchDispatchMode):
 
     Attributes:
         launched: What it launches, with the tensors.
+        allocated: What it allocates, which is kept, so that no two begin at one place.
         pure: Whether that is all.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.launched: list[tuple[Any, tuple[torch.Tensor | None, ...]]] = []
+        self.allocated: list[torch.Tensor] = []
         self.pure = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.pure = self.pure and (func in _ALLOCATIONS or func in _HARMLESS)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func in _ALLOCATIONS:
+            self.allocated.append(result)
+        elif func not in _HARMLESS:
+            self.pure = False
+        return result
 
 
 _UNKNOWN: Any = object()
@@ -186,7 +195,7 @@ def _first(key: tuple, run: Callable, arguments: tuple) -> Any:
         return run(*arguments)
     with Watch() as watch:
         results = run(*arguments)
-    _PROGRAMS[key] = Program.of(inputs, watch.launched, results) if watch.pure else None
+    _PROGRAMS[key] = Program.of(inputs, watch, results) if watch.pure else None
     return results
 
 

@@ -207,3 +207,19 @@ def test_what_is_remembered_is_bounded(programs, monkeypatch):
     for n in range(1, 6):
         assert_same(silu_gate_library.in_kernel, (x[:n], 2 * x[:n]))
     assert len(replay._PROGRAMS) == 2
+
+
+def test_what_is_found_elsewhere_is_not_made(programs):
+    x, g = draw(2, 8), draw(2, 8, seed=1)
+    kept = g * 2
+
+    @replay.replayed
+    def run(x, g):
+        return silu_gate_library.in_kernel(x, kept)
+
+    for _ in range(3):
+        assert torch.equal(run(x, g), silu_gate_library.in_kernel.__wrapped__(x, kept))
+    # The first is watched, and is none.
+    assert [key[0] for key, program in replay._PROGRAMS.items() if program is None] == [
+        run.__wrapped__
+    ]
