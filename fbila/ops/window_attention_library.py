@@ -24,6 +24,7 @@ from .derived import derived
 from .inlining import inline
 from .library import LIBRARY, sum_dtype
 from .memory_format import dtypes_of
+from .replay import replayed
 from .windows import Size, from_windows, join_heads, pair_numbers, split_heads, to_windows, weights
 from .windows import window_attention as by_pytorch
 
@@ -62,17 +63,21 @@ def served(qkv: Tensor, table: Tensor, window: Size) -> bool:
 
 
 def in_kernel(qkv, table, fill, window, shift):
+    if not qkv.numel() or not served(qkv, table, window):
+        return in_pytorch(qkv, table, fill, window, shift)
+    return launched(qkv, by_head(table), fill, window, shift)
+
+
+@replayed
+def launched(qkv, turned, fill, window, shift):
+    """turned: The table as `by_head` returns it."""
     from .kernels.window_attention import plan_window_attention
 
-    y = empty_result(qkv, table, fill, window, shift)
-    if not y.numel():
-        return y
-    if not served(qkv, table, window):
-        return y.copy_(formula(qkv, table, fill, window, shift))
+    y = empty_result(qkv, turned.t(), fill, window, shift)
     qkv, fill = qkv.contiguous(), None if fill is None else fill.contiguous()
-    kinds = dtypes_of(qkv, table, fill, y)
-    options = table.shape[1], tuple(window), tuple(shift), kinds
-    plan_window_attention(y.shape, *options)(qkv, by_head(table), fill, y)
+    kinds = dtypes_of(qkv, turned, fill, y)
+    options = len(turned), tuple(window), tuple(shift), kinds
+    plan_window_attention(y.shape, *options)(qkv, turned, fill, y)
     return y
 
 
@@ -98,32 +103,39 @@ def empty_gradients(dy, qkv, table, fill, window, shift):
 
 
 def backward_in_kernel(dy, qkv, table, fill, window, shift):
-    from .kernels.window_attention_backward import plan_grad_window_attention
-
     if not qkv.numel() or not served(qkv, table, window):
         return backward_in_pytorch(dy, qkv, table, fill, window, shift)
-    gradients = empty_gradients(dy, qkv, table, fill, window, shift)
-    dqkv, dtable, dfill = gradients
+    C = dy.shape[3]
+    dqkv, dtable, beyond = backward_launched(dy, qkv, by_head(table), fill, window, shift)
+    if fill is None:
+        return dqkv, dtable, qkv.new_empty(0)
+    dfill = fill.new_zeros(3 * C)
+    if beyond.numel():
+        # Queries beyond the grid have no result.
+        dfill[C:].copy_(beyond.sum(0))
+    return dqkv, dtable, dfill
+
+
+@replayed
+def backward_launched(dy, qkv, turned, fill, window, shift):
+    """The gradients of qkv and table, and the sums of keys and values beyond the grid."""
+    from .kernels.window_attention_backward import plan_grad_window_attention
+
+    heads, numbers = turned.shape
+    dqkv, dtable = qkv.new_empty(qkv.shape), turned.new_empty(numbers, heads)
     qkv, dy = qkv.contiguous(), dy.contiguous()
     fill = None if fill is None else fill.contiguous()
-    heads, T = table.shape[1], window[0] * window[1]
-    kinds = dtypes_of(qkv, table, fill, dy, dtable)
+    kinds = dtypes_of(qkv, turned, fill, dy, dtable)
     launch, add_up, groups = plan_grad_window_attention(
         dy.shape, heads, tuple(window), tuple(shift), kinds
     )
-    sums = table.new_empty((groups, heads, T, T), dtype=torch.float32)
-    beyond = None
-    if launch.constants["FILLED"]:
-        beyond = sums.new_empty((groups, 2 * dy.shape[3]))
-    launch(qkv, by_head(table), fill, dy, dqkv, sums, beyond)
+    T, C = window[0] * window[1], dy.shape[3]
+    sums = turned.new_empty((groups, heads, T, T), dtype=torch.float32)
+    is_filled = launch.constants["FILLED"]
+    beyond = sums.new_empty((groups, 2 * C) if is_filled else (0,))
+    launch(qkv, turned, fill, dy, dqkv, sums, beyond if is_filled else None)
     add_up(sums, dtable)
-    if beyond is not None:
-        # Queries beyond the grid have no result.
-        dfill[: dy.shape[3]].zero_()
-        dfill[dy.shape[3] :].copy_(beyond.sum(0))
-    else:
-        dfill.zero_()
-    return gradients
+    return dqkv, dtable, beyond
 
 
 def backward_in_pytorch(dy, qkv, table, fill, window, shift):
