@@ -11,6 +11,9 @@ from .depthwise_conv import DepthwiseConv2d
 from .plain_modules import plain
 from .pointwise_conv import PointwiseConv2d
 
+# What their modules compute by, as long as nobody has put anything else in its place.
+_FORWARDS = {kind: kind.forward for kind in (DepthwiseConv2d, PointwiseConv2d)}
+
 
 def over_tokens(module: nn.Module, x: Tensor, *others: Tensor | None, **options: Any) -> Tensor:
     """`(B, H, W, C)` through what takes `(B, C, H, W)`, a view of it.
@@ -29,9 +32,13 @@ def over_tokens(module: nn.Module, x: Tensor, *others: Tensor | None, **options:
     """
     if ordinary(x) and x.stride(3) == 1:
         convolution: Any = module
-        if plain(module, DepthwiseConv2d):
+        if _is_ours(module, DepthwiseConv2d):
             return depthwise_conv(x, convolution.weight, convolution.bias, *others, **options)
-        if plain(module, PointwiseConv2d):
+        if _is_ours(module, PointwiseConv2d):
             return linear(x, convolution.weight.flatten(1), convolution.bias)
     pictures = [None if t is None else t.permute(0, 3, 1, 2) for t in (x, *others)]
     return module(*pictures, **options).permute(0, 2, 3, 1)
+
+
+def _is_ours(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return plain(module, kind) and kind.forward is _FORWARDS[kind]

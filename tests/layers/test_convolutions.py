@@ -105,7 +105,7 @@ def test_over_tokens(kind, order):
 
 
 @pytest.mark.parametrize("kind", [DepthwiseConv2d, PointwiseConv2d])
-def test_over_tokens_calls_what_has_a_hook_or_a_forward_of_its_own(kind):
+def test_over_tokens_calls_what_has_a_hook_or_another_forward(kind, monkeypatch):
     module = kind(6, 3) if kind is DepthwiseConv2d else kind(6, 6)
     x, seen = torch.randn(2, 5, 7, 6), []
     handle = module.register_forward_hook(lambda module, args, y: seen.append(args[0].shape))
@@ -115,4 +115,8 @@ def test_over_tokens_calls_what_has_a_hook_or_a_forward_of_its_own(kind):
     over_tokens(module, x)
     assert len(seen) == 1
     module.forward = lambda x: 0 * x
+    assert not over_tokens(module, x).any()
+    del module.forward
+    assert over_tokens(module, x).any()
+    monkeypatch.setattr(kind, "forward", lambda self, x: 0 * x)
     assert not over_tokens(module, x).any()
