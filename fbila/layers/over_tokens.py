@@ -12,7 +12,7 @@ from .plain_modules import plain
 from .pointwise_conv import PointwiseConv2d
 
 # What their modules compute by, as long as nobody has put anything else in its place.
-_FORWARDS = {kind: kind.forward for kind in (DepthwiseConv2d, PointwiseConv2d)}
+_FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in (DepthwiseConv2d, PointwiseConv2d)}
 
 
 def over_tokens(module: nn.Module, x: Tensor, *others: Tensor | None, **options: Any) -> Tensor:

@@ -144,7 +144,7 @@ def test_official_models_have_none_of_our_convolutions_and_windows(name, monkeyp
     ):
         monkeypatch.setattr(module, function, refuse)
     model = timm.create_model(name).eval()
-    x = torch.randn(1, 3, 64, 64)
+    x = torch.randn(1, 3, 224, 224)
     with torch.no_grad(), official(model):
         assert model(x).isfinite().all()
     with torch.no_grad(), pytest.raises(AssertionError, match="ours"):
