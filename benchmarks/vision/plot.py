@@ -21,6 +21,8 @@ BARS = {
     "compiled / fbila": ("compiled", "fbila", STYLES["compiled"][0], 1.0),
     "compiled / fbila compiled": ("compiled", "fbila compiled", STYLES["compiled"][0], 0.45),
 }
+# Records, from which on names are too wide for their bars.
+MANY = 10
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,9 +68,14 @@ def _height(record: dict, bar: str) -> float | None:
     return gain(outcomes.get(way, {}), outcomes, reference)
 
 
-def _broken(title: str) -> str:
-    """In two lines if it is long; bars are narrow."""
-    return title.replace("-", "-\n", 1) if len(title) > 10 else title
+def _names(records: list[dict]) -> list[str]:
+    """Upright in lines, or in one each where there are so many that they have to lean."""
+    titles = [HOSTS[record["case"]["host"]].title for record in records]
+    sizes = [size(record["case"]) for record in records]
+    if len(records) > MANY:
+        return [f"{title}, {of}" for title, of in zip(titles, sizes, strict=True)]
+    titles = [title.replace("-", "-\n", 1) if len(title) > 10 else title for title in titles]
+    return [f"{title}\n{of}" for title, of in zip(titles, sizes, strict=True)]
 
 
 def _draw(panel: Axes, records: list[dict]) -> None:
@@ -83,10 +90,8 @@ def _draw(panel: Axes, records: list[dict]) -> None:
     goals = [goal for goal in records[0]["case"]["goals"] if goal["quantity"] == "ms"]
     if goals:
         panel.axhline(1 / goals[0]["factor"], color="black", linestyle=":", label="goal")
-    names = [f"{_broken(HOSTS[r['case']['host']].title)}\n{size(r['case'])}" for r in records]
-    panel.set_xticks(range(len(records)), names, fontsize=6 if len(names) > 10 else 8)
-    if len(names) > 10:
-        panel.tick_params(axis="x", rotation=60)
+    lean = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if len(records) > MANY else {}
+    panel.set_xticks(range(len(records)), _names(records), fontsize=8, **lean)
     panel.set_ylabel("times as fast")
     panel.grid(alpha=0.3, axis="y")
 
