@@ -106,6 +106,6 @@ def plan_window_attention(
     """shape: of y. dtypes: of qkv, table, fill and y."""
     windows, numbers, constants = geometry(shape, heads, window, shift, dtypes[2] is not None)
     parts = min(shape[0], triton.cdiv(PROGRAMS * MULTIPROCESSORS, windows * heads))
-    # The next two windows are on their way while this one is multiplied.
-    options = {"num_warps": 4, "num_stages": 3}
+    # The next window is on its way while this one is multiplied.
+    options = {"num_warps": 4, "num_stages": 2}
     return Launch(window_attention_kernel, (windows * heads, parts), numbers, constants, options)
