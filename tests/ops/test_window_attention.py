@@ -215,7 +215,8 @@ def test_real_sizes(shift, side, dtype):
         # Where windows end with the grid, there is nothing beyond.
         found.append((y, *torch.autograd.grad(y, leaves, dy.to(kind), materialize_grads=True)))
     for ours, theirs, exactly in zip(*found, strict=True):
-        scale = exactly.norm().clamp_min(1e-30)
+        # What is beyond the grid may be hidden from all of it, but for exp(-100).
+        scale = exactly.norm().clamp_min(1e-20)
         least = 2 * torch.finfo(dtype).eps
         error, plain = ((t.double() - exactly).norm() / scale for t in (ours, theirs))
         assert error <= max(1.1 * plain, least)
