@@ -1,4 +1,4 @@
-"""Ways to compute rows in processes of their own: compiled side by side, then timed one by one.
+"""Ways to compute rows in processes of their own: compiled side by side, timed one by one.
 
 A compiler works on one core for a minute and more, and leaves a process slower than it found it. A
 process measures its row with one way alone: it says that it is ready once that is compiled, waits
@@ -7,11 +7,15 @@ for a line on its standard input, measures, and answers with the record.
 
 import json
 import os
+import selectors
+import signal
 import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TextIO
 
@@ -23,6 +27,8 @@ from .turns import record_of
 READY = "ready"
 # Seconds to wait where there is too little memory; after the last the row goes without.
 PAUSES = (10, 20, 30, 0)
+# Seconds after which a process that is halted has nothing left to do on the GPU.
+SETTLED = 1.0
 
 
 class WaitingTimer:
@@ -54,9 +60,9 @@ class WaitingTimer:
 
 def answer(way: str, row: Any, measure: Callable[[Any], dict], answers: TextIO) -> None:
     """The child's part: measures `row` with one way alone, and prints the record."""
-    alone = replace(row, attentions=(way,), skipped={}, goals=())
+    part = replace(row, attentions=(way,), skipped={}, goals=())
     for pause in PAUSES:
-        record = measure(alone)
+        record = measure(part)
         if "out_of_memory" not in record.get("attentions", {}).get(way, {}):
             break
         # Others that compile beside it have the memory for a while.
@@ -64,44 +70,101 @@ def answer(way: str, row: Any, measure: Callable[[Any], dict], answers: TextIO) 
     print(json.dumps(record), file=answers)
 
 
-def own_output() -> TextIO:
-    """Standard output, of which nothing else that prints has a part from now on."""
+def alone() -> TextIO:
+    """For a child: its standard output, of which nothing else that prints has a part from now on.
+
+    It and what it starts become a group of processes, which signals can be sent to.
+    """
+    os.setpgrp()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     return answers
 
 
 def measure_apart(rows: Sequence[Any], args: Namespace) -> Iterator[tuple[Any, dict]]:
-    """Each row with its record; as many rows at a time as `args.processes` have ways."""
-    group: list[Any] = []
-    for row in rows:
-        if group and sum(len(other.attentions) for other in (*group, row)) > args.processes:
-            yield from _measure_group(group, args)
-            group = []
-        group.append(row)
-    if group:
-        yield from _measure_group(group, args)
+    """Each row with its record, once all its ways are ready, in whichever order.
 
-
-def _measure_group(rows: Sequence[Any], args: Namespace) -> Iterator[tuple[Any, dict]]:
-    children = {(row.name, way): _start(row, way, args) for row in rows for way in row.attentions}
+    As many rows are under way as `args.processes` have ways. Those that still compile are halted
+    while another is timed.
+    """
+    waiting, started = deque(rows), deque[_Started]()
     try:
-        # All are compiled before the first is timed.
-        first = {key: child.stdout.readline() for key, child in children.items()}
-        for row in rows:
-            outcomes: dict[str, dict] = {way: {"skipped": why} for way, why in row.skipped.items()}
-            missing = None
-            for way in row.attentions:
-                child = children[row.name, way]
-                record = _record(child, first[row.name, way])
-                # Before it is gone, its memory is not free for the next.
-                reason = record.get("reason", f"its process ended with status {child.wait()}")
-                outcomes[way] = record.get("attentions", {}).get(way, {"failed": reason})
-                missing = missing or record.get("missing_reference")
-            yield row, record_of(row, outcomes, missing)
+        while waiting or started:
+            busy = sum(len(row.children) for row in started)
+            while waiting and (not busy or busy + len(waiting[0].attentions) <= args.processes):
+                started.append(_Started(waiting.popleft(), args))
+                busy += len(started[-1].children)
+            ready = _first_ready(started)
+            with _halted([row for row in started if row is not ready]):
+                record = ready.measure()
+            started.remove(ready)
+            yield ready.row, record
     finally:
-        for child in children.values():
-            child.kill()
+        for row in started:
+            row.send(signal.SIGKILL)
+
+
+class _Started:
+    """A row whose ways have a process each."""
+
+    def __init__(self, row: Any, args: Namespace) -> None:
+        self.row = row
+        self.children = {way: _start(row, way, args) for way in row.attentions}
+        self.first: dict[str, str] = {}
+
+    def measure(self) -> dict:
+        """The record of a row whose ways are all ready."""
+        row = self.row
+        outcomes: dict[str, dict] = {way: {"skipped": why} for way, why in row.skipped.items()}
+        missing = None
+        for way, child in self.children.items():
+            record = _record(child, self.first[way])
+            # Before it is gone, its memory is not free for the next.
+            reason = record.get("reason", f"its process ended with status {child.wait()}")
+            outcomes[way] = record.get("attentions", {}).get(way, {"failed": reason})
+            missing = missing or record.get("missing_reference")
+        return record_of(row, outcomes, missing)
+
+    def send(self, number: int) -> None:
+        """A signal to all processes, with those that compile for them."""
+        for child in self.children.values():
+            try:
+                os.killpg(child.pid, number)
+            except ProcessLookupError:
+                # It has not come to `alone`.
+                child.send_signal(number)
+
+
+def _first_ready(started: Iterable[_Started]) -> _Started:
+    """The first row of which every process has said something."""
+    with selectors.DefaultSelector() as selector:
+        for row in started:
+            for way, child in row.children.items():
+                if way not in row.first:
+                    selector.register(child.stdout, selectors.EVENT_READ, (row, way))
+        while True:
+            for row in started:
+                if len(row.first) == len(row.children):
+                    return row
+            for key, _ in selector.select():
+                row, way = key.data
+                row.first[way] = row.children[way].stdout.readline()
+                selector.unregister(key.fileobj)
+
+
+@contextmanager
+def _halted(started: Sequence[_Started]) -> Iterator[None]:
+    """Leaves CPU and GPU to another row."""
+    for row in started:
+        row.send(signal.SIGSTOP)
+    try:
+        if started:
+            # What they have launched is over then.
+            time.sleep(SETTLED)
+        yield
+    finally:
+        for row in started:
+            row.send(signal.SIGCONT)
 
 
 def _record(child: Any, line: str) -> dict:

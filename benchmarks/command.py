@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .apart import WaitingTimer, answer, measure_apart, own_output
+from .apart import WaitingTimer, alone, answer, measure_apart
 from .machine import describe
 from .results import Results
 
@@ -29,7 +29,7 @@ def parse(name: str, description: str, argv: Sequence[str] | None) -> argparse.N
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny models, to try it out")
     args = parser.parse_args(argv)
     args.name = name
-    args.answers = own_output() if args.way else None
+    args.answers = alone() if args.way else None
     return args
 
 
@@ -63,7 +63,8 @@ def run(
         answer(args.way, row, measure, args.answers)
         return 0
     machine = {**describe(), library: version(library), "device": args.device}
-    results = Results(machine, args.output, resume=args.resume)
+    names = [row.name for row in rows]
+    results = Results(machine, args.output, resume=args.resume, names=names)
     pending = [row for row in rows if row.name not in results.cases]
     apart = [row for row in pending if args.apart and row.mode != "eager"]
 

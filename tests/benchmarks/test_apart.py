@@ -3,7 +3,14 @@
 import argparse
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -40,36 +47,123 @@ def test_a_process_that_dies_is_a_failure():
     assert record["status"] == "failed"
 
 
-def test_rows_are_compiled_together(monkeypatch):
-    rows = [replace(row, attentions=("official",), goals=()) for row in TINY_ROWS[:3]]
-    order = []
+class Child:
+    """Stands for a process: what it says lies in a pipe, and what is done to it in `log`."""
 
-    class Child:
-        def __init__(self, row, way, args):
-            self.row, self.stdin, self.stdout = row, self, self
-            self.lines = ["ready\n", json.dumps({"attentions": {way: {"row": row.name}}})]
-            order.append("start")
+    log: ClassVar[list] = []
 
-        def readline(self):
-            return self.lines.pop(0)
+    def __init__(self, row, way, args):
+        self.row, self.way, self.stdin = row, way, self
+        reading, self.writing = os.pipe()
+        self.stdout = os.fdopen(reading)
+        self.log.append(("start", row.name))
+        self.slow = row.name in args.slow
+        if not self.slow:
+            self.say("ready")
 
-        def write(self, text):
-            order.append(self.row.name)
+    def say(self, text):
+        os.write(self.writing, f"{text}\n".encode())
 
-        def flush(self):
-            pass
+    def write(self, text):
+        self.log.append(("time", self.row.name))
+        self.say(json.dumps({"attentions": {self.way: {"row": self.row.name}}}))
 
-        kill = flush
+    def flush(self):
+        pass
 
-        def wait(self):
-            return 0
+    def wait(self):
+        self.stdout.close()
+        os.close(self.writing)
+        return 0
 
+
+@pytest.fixture
+def log(monkeypatch):
+    """What is done to processes, in order."""
+    monkeypatch.setattr(Child, "log", [])
+    monkeypatch.setattr(apart, "SETTLED", 0)
     monkeypatch.setattr(apart, "_start", Child)
     monkeypatch.setattr(apart, "record_of", lambda row, outcomes, missing: outcomes)
-    records = list(measure_apart(rows, argparse.Namespace(processes=2)))
-    names = [row.name for row in rows]
-    assert [record["official"]["row"] for _, record in records] == names
-    assert order == ["start", "start", *names[:2], "start", names[2]]
+
+    def send(self, number):
+        Child.log.append((signal.Signals(number).name, self.row.name))
+        child = self.children["official"]
+        if number == signal.SIGCONT and child.slow:
+            child.slow = False
+            child.say("ready")
+
+    monkeypatch.setattr(apart._Started, "send", send)
+    return Child.log
+
+
+def three_rows():
+    return [replace(row, attentions=("official",), goals=()) for row in TINY_ROWS[:3]]
+
+
+def test_rows_are_compiled_together(log):
+    a, b, c = (row.name for row in three_rows())
+    args = argparse.Namespace(processes=2, slow=())
+    found = [(row.name, record["official"]) for row, record in measure_apart(three_rows(), args)]
+    assert found == [(name, {"row": name}) for name in (a, b, c)]
+    assert log == [
+        *(("start", a), ("start", b)),
+        *(("SIGSTOP", b), ("time", a), ("SIGCONT", b)),
+        *(("start", c), ("SIGSTOP", c), ("time", b), ("SIGCONT", c)),
+        ("time", c),
+    ]
+
+
+def test_a_slow_row_waits_for_the_others(log):
+    a, b, c = (row.name for row in three_rows())
+    args = argparse.Namespace(processes=3, slow=(a,))
+    assert [row.name for row, _ in measure_apart(three_rows(), args)] == [b, c, a]
+    assert [name for what, name in log if what == "SIGSTOP"] == [a, c, a]
+
+
+def test_who_is_under_way_is_ended_with_an_error(log, monkeypatch):
+    a, b, _ = (row.name for row in three_rows())
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(apart, "_record", fail)
+    with pytest.raises(KeyboardInterrupt):
+        list(measure_apart(three_rows(), argparse.Namespace(processes=2, slow=())))
+    assert log[-2:] == [("SIGKILL", a), ("SIGKILL", b)]
+
+
+def test_processes_that_are_halted_go_on():
+    """A real one, which counts; what it has started halts with it."""
+    code = (
+        "import os, subprocess; os.setpgrp(); other = subprocess.Popen(['sleep', '100']); "
+        "print('x', flush=True); other.wait()"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    started = apart._Started(replace(TINY_ROWS[0], attentions=()), None)
+    started.children = {"official": child}
+    child.stdout.readline()
+
+    def states():
+        """Of the processes of its group, from what follows their names."""
+        found = [
+            stat.read_text().rpartition(") ")[2].split()
+            for stat in Path("/proc").glob("[0-9]*/stat")
+        ]
+        return [state for state, _, group, *_ in found if group == str(child.pid)]
+
+    def come_to(halted):
+        """Signals are heard a little later."""
+        for _ in range(100):
+            if len(states()) == 2 and {state == "T" for state in states()} == {halted}:
+                return True
+            time.sleep(0.05)
+        return False
+
+    with apart._halted([started]):
+        assert come_to(True)
+    assert come_to(False)
+    started.send(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("failures", [0, 2, 9])
