@@ -1,6 +1,7 @@
 """The JSON of a run, written after each case, so that an interrupted run keeps what it has."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -8,12 +9,20 @@ class Results:
     """`{"machine": {...}, "cases": {name: record}}`, in a file where a path is given.
 
     With `resume`, the measured records that are in the file already are kept, if they are of the
-    same machine and versions.
+    same machine and versions. Cases are written in the order of `names`, and others behind them.
     """
 
-    def __init__(self, machine: dict, path: Path | None = None, *, resume: bool = False):
+    def __init__(
+        self,
+        machine: dict,
+        path: Path | None = None,
+        *,
+        resume: bool = False,
+        names: Sequence[str] = (),
+    ):
         self.path = path
         self.machine = machine
+        self.places = {name: place for place, name in enumerate(names)}
         self.cases: dict[str, dict] = {}
         if resume and path is not None and path.exists():
             content = read(path)
@@ -26,6 +35,8 @@ class Results:
 
     def add(self, name: str, record: dict) -> None:
         self.cases[name] = record
+        last = len(self.places)
+        self.cases = dict(sorted(self.cases.items(), key=lambda x: self.places.get(x[0], last)))
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
