@@ -159,12 +159,15 @@ def test_tensors_that_are_not_dense():
 
 def test_a_table_that_has_changed_is_read_anew():
     window, shift = (2, 2), (0, 0)
-    qkv, table, _ = draw((1, 4, 4), 1, 16, window, torch.float32)
+    qkv, table, _ = draw((1, 4, 4), 2, 16, window, torch.float32)
     before = in_kernel(qkv, table, None, window, shift)
     table.mul_(2)
     y = in_kernel(qkv, table, None, window, shift)
     assert not torch.equal(y, before)
     assert torch.equal(y, in_kernel(qkv, table.clone(), None, window, shift))
+    # Which no counter tells of.
+    table.data.mul_(0.5)
+    assert torch.equal(in_kernel(qkv, table, None, window, shift), before)
 
 
 def test_gradients_through_the_op():
