@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 
 def plain(module: nn.Module, kind: type) -> bool:
@@ -15,6 +16,7 @@ def plain(module: nn.Module, kind: type) -> bool:
         and not own["_forward_pre_hooks"]
         and not own["_backward_hooks"]
         and not own["_backward_pre_hooks"]
+        and not _has_any_global_hook()
     )
 
 

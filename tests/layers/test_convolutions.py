@@ -114,6 +114,12 @@ def test_over_tokens_calls_what_has_a_hook_or_another_forward(kind, monkeypatch)
     handle.remove()
     over_tokens(module, x)
     assert len(seen) == 1
+    of_all = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        over_tokens(module, x)
+    finally:
+        of_all.remove()
+    assert seen[1:] == [module]
     module.forward = lambda x: 0 * x
     assert not over_tokens(module, x).any()
     del module.forward
