@@ -153,6 +153,6 @@ class RAVLTBlock(nn.Module):
     def _with(self, x: Tensor, gamma: Tensor, y: Tensor) -> Tensor:
         """`x + gamma * y`, with stochastic depth."""
         drop_path = self.drop_path
-        if plain(drop_path, nn.Identity) or (plain(drop_path, DropPath) and not self.training):
+        if plain(drop_path, nn.Identity) or (plain(drop_path, DropPath) and not drop_path.training):
             return torch.addcmul(x, gamma.flatten(), y)
         return x + drop_path(gamma.flatten() * y)

@@ -64,6 +64,6 @@ class WindowAttention(timm.WindowAttention):
             self.qkv.bias,
             self.window_size,
             shift,
-            self.attn_drop.p if self.training else 0.0,
+            self.attn_drop.p if self.attn_drop.training else 0.0,
         )
         return self.proj_drop(self.proj(y))

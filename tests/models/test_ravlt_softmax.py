@@ -104,11 +104,13 @@ def gradients(kind, heads, side, batch, dtype=None):
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
 @pytest.mark.parametrize("training", [False, True])
-def test_branches_are_scaled(drop_path, training):
+@pytest.mark.parametrize("dropping", [False, True])
+def test_branches_are_scaled(drop_path, training, dropping):
     torch.manual_seed(0)
     attn = SoftmaxPictureAttention(16, 2, dtype=torch.float64)
     block = RAVLTBlock(attn, 16, 2.0, 0.5, drop_path=drop_path, dtype=torch.float64)
     block.train(training)
+    block.drop_path.train(dropping)
     x = torch.randn(3, 4, 5, 16, dtype=torch.float64)
     rotary = attn.rope(4, 5, x)
     torch.manual_seed(1)

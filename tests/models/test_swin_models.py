@@ -179,6 +179,22 @@ def test_pictures_are_filled_with_zeros(make):
         torch.testing.assert_close(model(x), filled)
 
 
+def test_dropout_of_windows_is_on_where_its_module_is():
+    """As for answers by several draws."""
+    model = MAKE["flatten"](attn_drop_rate=0.5).eval()
+    x = contracts.pictures(64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        for block in model.layers[2].blocks:
+            block.attn.attn_drop.train()
+        assert not torch.allclose(model(x), expected)
+        model.train()
+        for block in model.layers[2:].modules():
+            if isinstance(block, torch.nn.Dropout):
+                block.eval()
+        assert torch.equal(model(x), expected)
+
+
 @each
 def test_sizes_for_good(make):
     """Positions and masks made once are those made each time."""
