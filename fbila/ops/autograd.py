@@ -30,9 +30,12 @@ def ordinary(*tensors: torch.Tensor | None) -> bool:
         or torch.autograd.forward_ad._current_level >= 0
     ):
         return False
-    # Not `all`, whose generator takes as long as the rest.
+    # Not `all`, whose generator takes as long as the rest. The memory of `z.conj().imag` has
+    # numbers of the other sign.
     for x in tensors:
-        if x is not None and (type(x) not in _ORDINARY or x.is_meta or _is_batched(x)):
+        if x is not None and (
+            type(x) not in _ORDINARY or x.is_meta or x.is_neg() or _is_batched(x)
+        ):
             return False
     return True
 

@@ -45,6 +45,22 @@ def test_each_tensor_in_a_layout_of_its_own(dtype):
     assert_same_bits(run(MEAN, *views), run(MEAN, *tensors), reordered=True)
 
 
+def test_memory_of_the_other_sign():
+    """The imaginary part of a conjugate is a view of numbers that are to be negated."""
+    q, k, v, do = make_qkv((1, 2, 5, 6, 8, 8), torch.float32)
+    z = torch.complex(k, k - 1).conj().imag
+    assert z.is_neg()
+    for implementation in ("triton", "reference"):
+        results = []
+        for key in (z, z.resolve_neg()):
+            leaf = key.detach().requires_grad_()
+            o = fbila.linear_attn(q, leaf, v, impl=implementation)
+            state = fbila.linear_attn_state(leaf, v, impl=implementation)
+            gradient = torch.autograd.grad(o, leaf, do)[0].resolve_neg()
+            results.append((o, gradient, state.kv, fbila.linear_attn(leaf.detach(), z, v)))
+        torch.testing.assert_close(*results)
+
+
 @each_dtype
 def test_expanded_heads_and_gradients(dtype):
     q, k, v, do = make_qkv(SHAPE, dtype)
