@@ -12,6 +12,7 @@ from fbila.layers.layer_norm import LayerNorm
 from fbila.layers.linear import Linear
 from fbila.layers.pointwise_conv import PointwiseConv2d
 from fbila.models.conv_tokens import ConvStem
+from fbila.models.mlla import Gate
 from fbila.models.ravlt import RAVLTStem
 from fbila.models.window_block import WindowAttention
 
@@ -40,6 +41,10 @@ def linear(self: nn.Linear, x: Tensor, gelu: bool = False) -> Tensor:
     return nn.Linear.forward(self, F.gelu(x) if gelu else x)
 
 
+def gate(self: Gate, x: Tensor, g: Tensor) -> Tensor:
+    return x * F.silu(g)
+
+
 def conv_stem(self: ConvStem, x: Tensor) -> Tensor:
     x = self.conv1(x)
     return self.conv3(self.conv2(x) + x).permute(0, 2, 3, 1).contiguous()
@@ -52,6 +57,7 @@ def ravlt_stem(self: RAVLTStem, x: Tensor) -> Tensor:
 # What the models have in place of PyTorch's own modules.
 MODULES = {
     DepthwiseConv2d: convolution,
+    Gate: gate,
     LayerNorm: nn.LayerNorm.forward,
     Linear: linear,
     PointwiseConv2d: nn.Conv2d.forward,

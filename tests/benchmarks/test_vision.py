@@ -21,7 +21,7 @@ from benchmarks.vision.official import OFFICIAL, official
 from benchmarks.vision.rows import LAYERS, MODELS, ROWS, TINY_ROWS, WAYS, Row, select
 from fbila import layers
 from fbila.layers import depthwise_conv, over_tokens
-from fbila.models import window_block
+from fbila.models import mlla, window_block
 
 # What is compiled, and the row it is compiled in.
 FEW = ("layers/inference/tiny_rala", "layers/forward+backward/tiny_focused", "models")
@@ -132,7 +132,7 @@ def test_every_layer_has_official_operations():
 
 
 @pytest.mark.parametrize("name", ["mlla_tiny", "ravlt_tiny", "flatten_swin_tiny"])
-def test_official_models_have_none_of_our_convolutions_and_windows(name, monkeypatch):
+def test_official_models_have_none_of_our_operations(name, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("ours")
 
@@ -141,6 +141,7 @@ def test_official_models_have_none_of_our_convolutions_and_windows(name, monkeyp
         (over_tokens, "linear"),
         (depthwise_conv, "depthwise_conv"),
         (window_block, "window_attention"),
+        (mlla, "silu_gate"),
     ):
         monkeypatch.setattr(module, function, refuse)
     model = timm.create_model(name).eval()
