@@ -54,8 +54,7 @@ class SwinTransformer(StagedBackbone):
         window_size: Side of the windows. Every other block shifts them by half of it, unless they
             are as large as the grid.
         mlp_ratio: Hidden channels of the MLPs, as a multiple.
-        strict_img_size: Refuses pictures of any size but `img_size`, and keeps the masks of
-            shifted windows instead of making them each time.
+        strict_img_size: Refuses pictures of any size but `img_size`.
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout after the projections of the blocks.
         attn_drop_rate: Dropout of attention maps, in the stages that have some.
@@ -110,7 +109,6 @@ class SwinTransformer(StagedBackbone):
                         heads,
                         window_size=window_size,
                         shift_size=j % 2 * (window_size // 2),
-                        dynamic_mask=not strict_img_size,
                         attn_drop=attn_drop_rate,
                         drop_path=drop_path,
                         **shared,
