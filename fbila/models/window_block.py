@@ -57,11 +57,12 @@ class WindowAttention(timm.WindowAttention):
         Returns:
             `(B, H, W, C)`.
         """
+        # What the projection makes of zeros, where something else stands in its place as well.
+        fill = self.qkv.bias if hasattr(self.qkv, "bias") else self.qkv(x.new_zeros(x.shape[3]))
         y = window_attention(
             self.qkv(x),
             self.relative_position_bias_table,
-            # What the projection makes of zeros.
-            self.qkv.bias,
+            fill,
             self.window_size,
             shift,
             self.attn_drop.p if self.attn_drop.training else 0.0,

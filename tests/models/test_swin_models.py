@@ -179,6 +179,18 @@ def test_pictures_are_filled_with_zeros(make):
         torch.testing.assert_close(model(x), filled)
 
 
+def test_projections_of_windows_may_be_any_module():
+    """Of zeros beyond the grid they make what they make of zeros, a bias or not."""
+    model = contracts.randomize(MAKE["flatten"]()).eval()
+    # A grid of 5 x 7, and windows of 2 x 2.
+    x = contracts.pictures(80, 112)
+    with torch.no_grad():
+        expected = model(x)
+        for block in model.layers[2].blocks:
+            block.attn.qkv = torch.nn.Sequential(block.attn.qkv)
+        torch.testing.assert_close(model(x), expected)
+
+
 def test_dropout_of_windows_is_on_where_its_module_is():
     """As for answers by several draws."""
     model = MAKE["flatten"](attn_drop_rate=0.5).eval()
