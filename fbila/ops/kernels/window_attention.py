@@ -107,5 +107,10 @@ def plan_window_attention(
     windows, numbers, constants = geometry(shape, heads, window, shift, dtypes[2] is not None)
     parts = min(shape[0], triton.cdiv(PROGRAMS * MULTIPROCESSORS, windows * heads))
     # The next window is on its way while this one is multiplied.
-    options = {"num_warps": 4, "num_stages": 2}
+    options = {"num_warps": warps_for(dtypes[0]), "num_stages": 2}
     return Launch(window_attention_kernel, (windows * heads, parts), numbers, constants, options)
+
+
+def warps_for(dtype: torch.dtype | None) -> int:
+    """Without tensor cores, whose tiles four warps share best, a tile takes more registers."""
+    return 8 if dtype == torch.float32 else 4

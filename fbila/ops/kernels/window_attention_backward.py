@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .launch import Launch, kernel
-from .window_attention import MULTIPROCESSORS, geometry
+from .window_attention import MULTIPROCESSORS, geometry, warps_for
 from .windows import bias_of, load_heads, tokens_of, weights_of
 
 # Programs that a multiprocessor has room for, and how many windows' time each takes beside them:
@@ -126,8 +126,7 @@ def plan_grad_window_attention(
         (windows * heads, parts),
         numbers,
         constants,
-        # In float32 there are no tensor cores, whose tiles four warps share best.
-        {"num_warps": 8 if dtypes[0] == torch.float32 else 4, "num_stages": 1},
+        {"num_warps": warps_for(dtypes[0]), "num_stages": 1},
     )
     tile = {"WH": window[0], "WW": window[1], "BLOCK": constants["BLOCK"], "AT_A_TIME": 32}
     add_up = Launch(
