@@ -2,7 +2,8 @@
 
 A compiler works on one core for a minute and more, and leaves a process slower than it found it. A
 process measures its row with one way alone: it says that it is ready once that is compiled, waits
-for a line on its standard input, measures, and answers with the record.
+for a line on its standard input, measures, and answers with the record. Rows are spread over all
+GPUs, but timed one at a time: the CPU is theirs in common.
 """
 
 import json
@@ -67,7 +68,7 @@ def answer(way: str, row: Any, measure: Callable[[Any], dict], answers: TextIO) 
             break
         # Others that compile beside it have the memory for a while.
         time.sleep(pause)
-    print(json.dumps(record), file=answers)
+    print(json.dumps(record), file=answers, flush=True)
 
 
 def alone() -> TextIO:
@@ -88,11 +89,13 @@ def measure_apart(rows: Sequence[Any], args: Namespace) -> Iterator[tuple[Any, d
     while another is timed.
     """
     waiting, started = deque(rows), deque[_Started]()
+    gpus = _gpus(args.device)
     try:
         while waiting or started:
             busy = sum(len(row.children) for row in started)
             while waiting and (not busy or busy + len(waiting[0].attentions) <= args.processes):
-                started.append(_Started(waiting.popleft(), args))
+                gpu = min(gpus, key=lambda gpu: sum(row.gpu == gpu for row in started))
+                started.append(_Started(waiting.popleft(), args, gpu))
                 busy += len(started[-1].children)
             ready = _first_ready(started)
             with _halted([row for row in started if row is not ready]):
@@ -105,11 +108,11 @@ def measure_apart(rows: Sequence[Any], args: Namespace) -> Iterator[tuple[Any, d
 
 
 class _Started:
-    """A row whose ways have a process each."""
+    """A row whose ways have a process each, all on one GPU."""
 
-    def __init__(self, row: Any, args: Namespace) -> None:
-        self.row = row
-        self.children = {way: _start(row, way, args) for way in row.attentions}
+    def __init__(self, row: Any, args: Namespace, gpu: str | None) -> None:
+        self.row, self.gpu = row, gpu
+        self.children = {way: _start(row, way, args, gpu) for way in row.attentions}
         self.first: dict[str, str] = {}
 
     def measure(self) -> dict:
@@ -176,7 +179,17 @@ def _record(child: Any, line: str) -> dict:
     return json.loads(line) if line else {}
 
 
-def _start(row: Any, way: str, args: Namespace) -> Any:
+def _gpus(device: str) -> list[str | None]:
+    """How CUDA is told of each GPU that is visible."""
+    if device != "cuda":
+        return [None]
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [*(named.split(",") if named else map(str, range(torch.cuda.device_count())))]
+
+
+def _start(row: Any, way: str, args: Namespace, gpu: str | None) -> Any:
     options = ("--device", args.device, "--seconds", str(args.seconds))
     command = (sys.executable, "-m", args.name, "--only", row.name, "--way", way, *options)
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    visible = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=os.environ | visible)

@@ -52,11 +52,11 @@ class Child:
 
     log: ClassVar[list] = []
 
-    def __init__(self, row, way, args):
+    def __init__(self, row, way, args, gpu):
         self.row, self.way, self.stdin = row, way, self
         reading, self.writing = os.pipe()
         self.stdout = os.fdopen(reading)
-        self.log.append(("start", row.name))
+        self.log.append(("start", row.name) if gpu is None else ("start", row.name, gpu))
         self.slow = row.name in args.slow
         if not self.slow:
             self.say("ready")
@@ -100,9 +100,13 @@ def three_rows():
     return [replace(row, attentions=("official",), goals=()) for row in TINY_ROWS[:3]]
 
 
+def arguments(processes, slow=(), device="cpu"):
+    return argparse.Namespace(processes=processes, slow=slow, device=device)
+
+
 def test_rows_are_compiled_together(log):
     a, b, c = (row.name for row in three_rows())
-    args = argparse.Namespace(processes=2, slow=())
+    args = arguments(2)
     found = [(row.name, record["official"]) for row, record in measure_apart(three_rows(), args)]
     assert found == [(name, {"row": name}) for name in (a, b, c)]
     assert log == [
@@ -115,9 +119,34 @@ def test_rows_are_compiled_together(log):
 
 def test_a_slow_row_waits_for_the_others(log):
     a, b, c = (row.name for row in three_rows())
-    args = argparse.Namespace(processes=3, slow=(a,))
+    args = arguments(3, slow=(a,))
     assert [row.name for row, _ in measure_apart(three_rows(), args)] == [b, c, a]
     assert [name for what, name in log if what == "SIGSTOP"] == [a, c, a]
+
+
+@pytest.mark.parametrize("visible, gpus", [("2,5", ["2", "5"]), (None, ["0", "1"])])
+def test_rows_are_spread_over_gpus(log, monkeypatch, visible, gpus):
+    monkeypatch.setattr(apart.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    rows = three_rows()
+    # The first is on one of them still as the last is started.
+    args = arguments(2, slow=(rows[0].name,), device="cuda")
+    list(measure_apart(rows, args))
+    first, second = gpus
+    starts = [rest for what, *rest in log if what == "start"]
+    assert starts == [[rows[0].name, first], [rows[1].name, second], [rows[2].name, second]]
+
+
+def test_a_process_sees_its_gpu_alone(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    started = []
+    monkeypatch.setattr(apart.subprocess, "Popen", lambda *_, env, **__: started.append(env))
+    args = argparse.Namespace(name="benchmarks.unet", device="cuda", seconds=0.0)
+    apart._start(TINY_ROWS[0], "official", args, "5")
+    (env,) = started
+    assert env["CUDA_VISIBLE_DEVICES"] == "5" and env["PATH"] == os.environ["PATH"]
 
 
 def test_who_is_under_way_is_ended_with_an_error(log, monkeypatch):
@@ -128,7 +157,7 @@ def test_who_is_under_way_is_ended_with_an_error(log, monkeypatch):
 
     monkeypatch.setattr(apart, "_record", fail)
     with pytest.raises(KeyboardInterrupt):
-        list(measure_apart(three_rows(), argparse.Namespace(processes=2, slow=())))
+        list(measure_apart(three_rows(), arguments(2)))
     assert log[-2:] == [("SIGKILL", a), ("SIGKILL", b)]
 
 
@@ -139,7 +168,7 @@ def test_processes_that_are_halted_go_on():
         "print('x', flush=True); other.wait()"
     )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    started = apart._Started(replace(TINY_ROWS[0], attentions=()), None)
+    started = apart._Started(replace(TINY_ROWS[0], attentions=()), None, None)
     started.children = {"official": child}
     child.stdout.readline()
 
