@@ -38,6 +38,8 @@ class Inference:
 
     missing = None
     hosts = HOSTS
+    # Whether a model that is compiled must be one graph.
+    fullgraph = False
 
     def __init__(self, row: Row, device: str) -> None:
         self.row, self.host = row, self.hosts[row.host]
@@ -62,7 +64,8 @@ class Inference:
             if not compile_it:
                 yield self._step(self.model), errors
                 return
-            compiled = torch.compile(self.model, dynamic=False, **COMPILE)
+            options = {"dynamic": False, "fullgraph": self.fullgraph, **COMPILE}
+            compiled = torch.compile(self.model, **options)
             eager = self._result(self.model, self.inputs)
             # Others that compile beside it have the memory meanwhile.
             torch.cuda.empty_cache()

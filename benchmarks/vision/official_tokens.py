@@ -16,11 +16,16 @@ from fbila.layers.axial_rotary import axial_rotary
 
 
 def kept(layer: Any, key: tuple, make: Callable[[], Tensor]) -> Tensor:
-    """What an official layer has in a buffer, made at the first call of a size."""
-    tables = layer.__dict__.setdefault("_official_buffers", {})
-    if key not in tables:
-        tables[key] = make()
-    return tables[key]
+    """What an official layer has in a buffer, made at the first call of a size.
+
+    By plain attributes, which a compiler can follow: it is to see one graph, as of the official
+    code.
+    """
+    if not hasattr(layer, "official_buffers"):
+        layer.official_buffers = {}
+    if key not in layer.official_buffers:
+        layer.official_buffers[key] = make()
+    return layer.official_buffers[key]
 
 
 def sides(x: Tensor, H: int | None, W: int | None) -> tuple[int, int]:

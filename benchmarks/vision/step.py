@@ -22,6 +22,7 @@ class _Ways:
     """A row's ways to compute, compiled and not, side by side."""
 
     hosts = HOSTS
+    fullgraph = True
 
     def ready(self, name: str) -> AbstractContextManager[tuple[Call, dict[str, float]]]:
         way, compile_it = WAYS[name]

@@ -30,6 +30,20 @@ def test_official_models_have_none_of_our_operations(name, monkeypatch):
         model(x)
 
 
+@pytest.mark.parametrize(
+    "name", ["mlla_tiny", "ravlt_tiny", "flatten_swin_tiny", "polaformer_swin_tiny"]
+)
+def test_official_models_are_one_graph(name):
+    """As their authors' code is: with more of them, the compiler would do worse than it can."""
+    model = timm.create_model(name).eval()
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad(), official(model):
+        expected = model(x)
+        actual = torch.compile(model, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(actual, expected)
+    torch.compiler.reset()
+
+
 def test_official_windows_are_the_models():
     """On grids of 5 x 7, which shifted windows of 2 x 2 do not fill."""
     small = {"window_size": 2, "embed_dim": 24, "depths": (1, 1, 2, 1), "num_classes": 5}
