@@ -183,8 +183,8 @@ def _gpus(device: str) -> list[str | None]:
     """How CUDA is told of each GPU that is visible."""
     if device != "cuda":
         return [None]
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [*(named.split(",") if named else map(str, range(torch.cuda.device_count())))]
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [*(named.split(",")[:count] if named else map(str, range(count)))]
 
 
 def _start(row: Any, way: str, args: Namespace, gpu: str | None) -> Any:

@@ -7,6 +7,7 @@
 Each attention is trained from nothing with each seed by `train_vit.py`, on the same pictures with
 the same budget. With `--finetune EPOCHS`, each is then put in the place of the softmax of each
 trained softmax model and trained on for so long; softmax itself goes on as well, for comparison.
+`--scratch softmax` leaves out what fine-tuning does not need.
 Arguments that are unknown here go to `train_vit.py`.
 
 Trainings run on all visible GPUs, `--jobs` at a time on each. One that is done is not repeated, and
@@ -140,20 +141,25 @@ def main(arguments: list[str] | None = None) -> dict:
     )
     add = parser.add_argument
     add("--attentions", nargs="+", default=ATTENTIONS)
+    add("--scratch", nargs="+", metavar="NAME", help="those trained from nothing (all)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--jobs", type=int, default=1, help="trainings at a time on each device (%(default)s)")
     add("--finetune", type=int, default=0, metavar="EPOCHS", help="also from softmax weights")
     add("--finetune-lr", type=float, default=5e-4, help="(%(default)s)")
     add("--output", type=Path, default=Path("outputs/vit"), help="(%(default)s)")
     args, more = parser.parse_known_args(arguments)
-    if args.finetune and "softmax" not in args.attentions:
-        parser.error("--finetune starts from softmax, which is not among --attentions")
+    scratch = args.scratch or args.attentions
+    if args.finetune and "softmax" not in scratch:
+        parser.error("--finetune starts from softmax, which is not trained from nothing")
+    if not set(scratch) <= set(args.attentions):
+        parser.error("--scratch names what is not among --attentions")
     command = " ".join(
         ["python", *(sys.argv if arguments is None else ["compare_vit.py", *arguments])]
     )
 
     pairs = [(name, seed) for seed in args.seeds for name in args.attentions]
-    stages = {"scratch": [words(args.output / f"{n}_{s}", n, s, more) for n, s in pairs]}
+    first = [words(args.output / f"{n}_{s}", n, s, more) for n, s in pairs if n in scratch]
+    stages = {"scratch": first}
     if args.finetune:
         tuning = [*more, "--epochs", str(args.finetune), "--lr", str(args.finetune_lr)]
         stages["finetune"] = [

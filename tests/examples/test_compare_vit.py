@@ -41,6 +41,25 @@ class TestComparison:
         with Image.open(tmp_path / "curves.png") as picture:
             assert picture.size[0] > 500
 
+    def test_fine_tuning_needs_only_softmax_from_nothing(self, tmp_path, monkeypatch, capsys):
+        def run_all(trainings, *_):
+            for words in trainings:
+                result = dict.fromkeys(compare_vit.KEPT, 0) | {"settings": {}}
+                result["attention"] = words[words.index("--attention") + 1]
+                folder = compare_vit.folder_of(words)
+                folder.mkdir()
+                (folder / "result.json").write_text(json.dumps(result))
+
+        monkeypatch.setattr(compare_vit, "run_all", run_all)
+        words = f"--attentions softmax mlla --seeds 0 --finetune 1 --output {tmp_path}".split()
+        results = compare_vit.main([*words, "--scratch", "softmax"])
+        assert list(results["scratch"]["summary"]) == ["softmax"]
+        assert list(results["finetune"]["summary"]) == ["softmax", "mlla"]
+        for scratch, message in (("mlla", "starts from softmax"), ("softmax rala", "not among")):
+            with pytest.raises(SystemExit):
+                compare_vit.main([*words, "--scratch", *scratch.split()])
+            assert message in capsys.readouterr().err
+
     def test_what_is_done_is_not_repeated_and_a_failure_ends_it(self, tmp_path):
         words = f"{TINY} --attention softmax --epochs 1 --output {tmp_path}"
         training, failing = f"{words}/one".split(), f"{words}/two --batch-size 64".split()
