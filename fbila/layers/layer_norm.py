@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.autocast import cast_for_autocast
+from ..ops.autocast import autocast_dtype, cast_for_autocast
 from ..ops.autograd import direct
-from ..ops.norm_library import layer_norm
+from ..ops.norm_library import layer_norm_directly
+from .plain_modules import parameter
 
 # A program keeps a whole row.
 MOST = 4096
@@ -55,25 +56,30 @@ class LayerNorm(nn.LayerNorm):
         Raises:
             NotImplementedError: In the backward pass, if a gradient of a gradient is wanted.
         """
-        dtype = self._dtype_of_kernel(x)
+        weight, bias = parameter(self, "weight"), parameter(self, "bias")
+        dtype = self._dtype_of_kernel(x, weight, bias)
         if dtype is not None:
-            return layer_norm(x, self.weight, self.bias, self.eps, dtype)
+            return layer_norm_directly(x, weight, bias, self.eps, dtype)
         y = super().forward(x)
         return cast_for_autocast(y)[0] if self.for_maps else y
 
-    def _dtype_of_kernel(self, x: Tensor) -> torch.dtype | None:
+    def _dtype_of_kernel(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> torch.dtype | None:
         """What the kernel answers in; None where it does not stand for PyTorch's own."""
-        weight, bias = self.weight, self.bias
         if not direct(x, weight, bias) or x.shape[-1:] != self.normalized_shape:
             return None
         if self.normalized_shape[0] > MOST:
             return None
-        kinds = {t.dtype for t in (x, weight, bias) if t is not None}
-        if torch.is_autocast_enabled(x.device.type):
+        kinds = {x.dtype}
+        for t in (weight, bias):
+            if t is not None:
+                kinds.add(t.dtype)
+        cast = autocast_dtype(x)
+        if cast is not None:
             if not kinds <= _CAST:
                 return None
-            kind = torch.get_autocast_dtype(x.device.type)
-            return kind if self.for_maps else torch.float32
+            return cast if self.for_maps else torch.float32
         if len(kinds) > 1 or x.dtype not in _DTYPES:
             return None
         return x.dtype

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from ..ops.linear import linear
+from .plain_modules import parameter
 
 
 class Linear(nn.Linear):
@@ -26,4 +27,4 @@ class Linear(nn.Linear):
             input: `(..., I)`.
             gelu: Whether the map is of its GELU, which kernels do not keep for the backward pass.
         """
-        return linear(input, self.weight, self.bias, gelu)
+        return linear(input, parameter(self, "weight"), parameter(self, "bias"), gelu)

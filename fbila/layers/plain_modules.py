@@ -1,9 +1,19 @@
-"""Which modules do what their class says and nothing else, so that their weights say it all."""
+"""Which modules do what their class says and nothing else, so that their weights say it all.
+
+And what a module is made of, found where `nn.Module.__getattr__` finds it, in a third of the time:
+a model asks for something hundreds of times in a forward pass.
+"""
 
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
+
+
+def parameter(module: nn.Module, name: str) -> Any:
+    """`module.<name>`, soonest if it is a parameter; it may be computed, or None."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
 
 
 def plain(module: nn.Module, kind: type) -> bool:
@@ -18,6 +28,13 @@ def plain(module: nn.Module, kind: type) -> bool:
         and not own["_backward_pre_hooks"]
         and not _has_any_global_hook()
     )
+
+
+def idle(module: nn.Module, dropout: type = nn.Dropout) -> bool:
+    """Whether calling the module returns its input: an identity, or a `dropout` in evaluation."""
+    if type(module) is nn.Identity:
+        return plain(module, nn.Identity)
+    return not module.training and plain(module, dropout)
 
 
 def is_depthwise(conv: Any, channels: int) -> bool:

@@ -22,6 +22,14 @@ def cast_for_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     )
 
 
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """What autocast casts to on the device of x, None outside of it; not while compiling."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 def stays(x: torch.Tensor) -> bool:
     """Whether autocast leaves x as it is; sooner found than a cast, but not while compiling."""
     if not torch._C._is_any_autocast_enabled():

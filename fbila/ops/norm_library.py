@@ -8,8 +8,6 @@ the gradient x alone is kept. A kernel on CUDA, PyTorch elsewhere.
 another, by the same kernel. For the gradients x, weight and bias are kept, and nothing else.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
@@ -245,7 +243,18 @@ def layer_norm(
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """`fbila::layer_norm`, straight away where nothing stands in between."""
-    run: Callable[..., torch.Tensor] = torch.ops.fbila.layer_norm
     if direct(x):
-        run = plain_differentiable if needs_gradient(x, weight, bias) else plain_in_kernel
+        return layer_norm_directly(x, weight, bias, eps, dtype)
+    return torch.ops.fbila.layer_norm(x, weight, bias, eps, dtype)
+
+
+def layer_norm_directly(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> torch.Tensor:
+    """`layer_norm` of a `direct` x."""
+    run = plain_differentiable if needs_gradient(x, weight, bias) else plain_in_kernel
     return run(x, weight, bias, eps, dtype)

@@ -16,13 +16,13 @@ from fbila.ops import norm_library
 def seen(request, monkeypatch):
     """Widths that went to the op; where there is no GPU, none, or to interpreted kernels."""
     widths: list[int] = []
-    original = layer_norm.layer_norm
+    original = layer_norm.layer_norm_directly
 
     def watched(x, *others):
         widths.append(x.shape[-1])
         return original(x, *others)
 
-    monkeypatch.setattr(layer_norm, "layer_norm", watched)
+    monkeypatch.setattr(layer_norm, "layer_norm_directly", watched)
     if request.param and CUDA:
         pytest.skip("kernels are not interpreted where there is a GPU")
     if request.param:
