@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..layers import FocusedLinearAttention, PolaLinearAttention
 from ..layers.grid import reduced_size, resize_positions
 from ..layers.layer_norm import LayerNorm
+from .branch import add_branch
 from .mlp import Mlp
 
 # They look at numbers of tokens, of which there are none while a graph is traced.
@@ -63,11 +64,12 @@ class GridBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mixes a grid `(B, H, W, C)`."""
-        _, H, W, _ = x.shape
-        x = x.flatten(1, 2)
-        x = x + self.drop_path1(self.attn(self.norm1(x), H, W))
-        x = x + self.drop_path2(self.mlp(self.norm2(x)))
-        return x.unflatten(1, (H, W))
+        parts: Any = self._modules
+        B, H, W, C = x.shape
+        x = x.reshape(B, H * W, C)
+        x = add_branch(x, parts["attn"](parts["norm1"](x), H, W), parts["drop_path1"])
+        x = add_branch(x, parts["mlp"](parts["norm2"](x)), parts["drop_path2"])
+        return x.view(B, H, W, C)
 
     def set_grid_size(self, grid_size: tuple[int, int]) -> None:
         """Resizes the positions that the layer has learned, for good."""

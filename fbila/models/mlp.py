@@ -6,7 +6,7 @@ from timm.layers import Mlp as TimmMlp
 from torch import Tensor, nn
 
 from ..layers.linear import Linear
-from ..layers.plain_modules import plain
+from ..layers.plain_modules import idle, plain
 
 
 class Mlp(TimmMlp):
@@ -32,20 +32,23 @@ class Mlp(TimmMlp):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., dim)` to the same shape."""
-        x = self.fc1(x)
+        parts: Any = self._modules
+        x = parts["fc1"](x)
         if self._is_of_gelu():
-            x = self.fc2(x, gelu=True)
+            x = parts["fc2"](x, gelu=True)
         else:
             x = self.fc2(self.norm(self.drop1(self.act(x))))
-        return self.drop2(x)
+        return x if idle(parts["drop2"]) else self.drop2(x)
 
     def _is_of_gelu(self) -> bool:
         """Whether fc2 is of the GELU alone, and no module was replaced or given a hook."""
-        drop = plain(self.drop1, nn.Dropout) and not (self.training and self.drop1.p > 0)
+        parts: Any = self._modules
+        drop, act = parts["drop1"], parts["act"]
         return (
-            drop
-            and plain(self.act, nn.GELU)
-            and self.act.approximate == "none"
-            and plain(self.norm, nn.Identity)
-            and plain(self.fc2, Linear)
+            plain(drop, nn.Dropout)
+            and not (self.training and drop.p > 0)
+            and plain(act, nn.GELU)
+            and act.approximate == "none"
+            and plain(parts["norm"], nn.Identity)
+            and plain(parts["fc2"], Linear)
         )

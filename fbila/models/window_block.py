@@ -6,11 +6,13 @@ from typing import Any
 import timm.models.swin_transformer as timm
 import torch
 from timm.layers import register_notrace_module
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layers.layer_norm import LayerNorm
 from ..layers.linear import Linear
+from ..layers.plain_modules import idle, parameter
 from ..ops.window_attention_library import window_attention
+from .branch import add_branch
 from .mlp import Mlp
 
 
@@ -29,8 +31,12 @@ class WindowBlock(timm.SwinTransformerBlock):
         self.attn.__class__ = WindowAttention
         self.mlp.__class__ = Mlp
 
-    def _attn(self, x: Tensor) -> Tensor:
-        return self.attn(x, self.shift_size)
+    def forward(self, x: Tensor) -> Tensor:
+        """Mixes a grid `(B, H, W, C)`."""
+        parts: Any = self._modules
+        mixed = parts["attn"](parts["norm1"](x), self.shift_size)
+        x = add_branch(x, mixed, parts["drop_path1"])
+        return add_branch(x, parts["mlp"](parts["norm2"](x)), parts["drop_path2"])
 
     def get_attn_mask(
         self,
@@ -57,14 +63,25 @@ class WindowAttention(timm.WindowAttention):
         Returns:
             `(B, H, W, C)`.
         """
-        # What the projection makes of zeros, where something else stands in its place as well.
-        fill = self.qkv.bias if hasattr(self.qkv, "bias") else self.qkv(x.new_zeros(x.shape[3]))
+        parts: Any = self._modules
+        qkv, dropout, proj_drop = parts["qkv"], parts["attn_drop"], parts["proj_drop"]
         y = window_attention(
-            self.qkv(x),
-            self.relative_position_bias_table,
-            fill,
+            qkv(x),
+            parameter(self, "relative_position_bias_table"),
+            self._fill(qkv, x),
             self.window_size,
             shift,
-            self.attn_drop.p if self.attn_drop.training else 0.0,
+            dropout.p if dropout.training else 0.0,
         )
-        return self.proj_drop(self.proj(y))
+        y = parts["proj"](y)
+        return y if idle(proj_drop) else proj_drop(y)
+
+    def _fill(self, qkv: nn.Module, x: Tensor) -> Tensor | None:
+        """What qkv makes of zeros; None if nothing of x is in a window that goes beyond it."""
+        _, H, W, C = x.shape
+        rows, columns = self.window_size
+        # Compiled, a remainder would tie a graph for any size to those without one.
+        if not torch.compiler.is_compiling() and H % rows == W % columns == 0:
+            return None
+        # Its bias, where nothing else stands in its place.
+        return parameter(qkv, "bias") if hasattr(qkv, "bias") else qkv(x.new_zeros(C))
