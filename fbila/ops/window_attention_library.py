@@ -27,6 +27,9 @@ from .replay import replayed
 from .windows import Size, from_windows, join_heads, pair_numbers, split_heads, to_windows, weights
 from .windows import window_attention as by_pytorch
 
+# Of a tile.
+TOKENS, CHANNELS = 64, 64
+
 _ARGUMENTS = "Tensor qkv, Tensor table, Tensor? fill, int[2] window, int[2] shift"
 LIBRARY.define(f"window_attention({_ARGUMENTS}) -> Tensor")
 LIBRARY.define(f"window_attention_backward(Tensor dy, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
@@ -56,36 +59,22 @@ def empty_result(qkv, table, fill, window, shift):
 
 def served(qkv: Tensor, table: Tensor, window: Size) -> bool:
     """Whether there are kernels for it."""
-    from .kernels.window_attention import serves
-
-    return serves(qkv.dtype, qkv.shape[3] // 3, table.shape[1], window)
-
-
-def in_kernel(qkv, table, fill, window, shift):
-    if not qkv.numel() or not served(qkv, table, window):
-        return in_pytorch(qkv, table, fill, window, shift)
-    return launched(qkv, by_head(table), fill, window, shift)
+    fits = window[0] * window[1] <= TOKENS and qkv.shape[3] // (3 * table.shape[1]) <= CHANNELS
+    return fits and qkv.dtype != torch.float64
 
 
 @replayed
-def launched(qkv, turned, fill, window, shift):
-    """turned: The table as `by_head` returns it."""
+def in_kernel(qkv, table, fill, window, shift):
     from .kernels.window_attention import plan_window_attention
 
-    y = empty_result(qkv, turned.t(), fill, window, shift)
-    qkv, fill = qkv.contiguous(), None if fill is None else fill.contiguous()
-    kinds = dtypes_of(qkv, turned, fill, y)
-    options = len(turned), tuple(window), tuple(shift), kinds
-    plan_window_attention(y.shape, *options)(qkv, turned, fill, y)
+    if not qkv.numel() or not served(qkv, table, window):
+        return in_pytorch(qkv, table, fill, window, shift)
+    y = empty_result(qkv, table, fill, window, shift)
+    qkv, table = qkv.contiguous(), table.contiguous()
+    fill = None if fill is None else fill.contiguous()
+    options = table.shape[1], tuple(window), tuple(shift), dtypes_of(qkv, table, fill, y)
+    plan_window_attention(y.shape, *options)(qkv, table, fill, y)
     return y
-
-
-def by_head(table: Tensor) -> Tensor:
-    """`(heads, numbers)`, of which a program reads a row.
-
-    In every call anew: of `table.data.mul_(0.5)`, as in averages of weights, nothing tells.
-    """
-    return table.t().contiguous()
 
 
 def in_pytorch(qkv, table, fill, window, shift):
@@ -108,9 +97,9 @@ def backward_in_kernel(dy, qkv, table, fill, window, shift):
     if not qkv.numel() or not served(qkv, table, window):
         return backward_in_pytorch(dy, qkv, table, fill, window, shift)
     C = dy.shape[3]
-    dqkv, dtable, beyond = backward_launched(dy, qkv, by_head(table), fill, window, shift)
+    dqkv, dtable, beyond = backward_launched(dy, qkv, table, fill, window, shift)
     if fill is None:
-        return dqkv, dtable, qkv.new_empty(0)
+        return dqkv, dtable, beyond
     dfill = fill.new_zeros(3 * C)
     if beyond.numel():
         # Queries beyond the grid have no result.
@@ -119,23 +108,26 @@ def backward_in_kernel(dy, qkv, table, fill, window, shift):
 
 
 @replayed
-def backward_launched(dy, qkv, turned, fill, window, shift):
+def backward_launched(dy, qkv, table, fill, window, shift):
     """The gradients of qkv and table, and the sums of keys and values beyond the grid."""
     from .kernels.window_attention_backward import plan_grad_window_attention
 
-    heads, numbers = turned.shape
-    dqkv, dtable = qkv.new_empty(qkv.shape), turned.new_empty(numbers, heads)
-    qkv, dy = qkv.contiguous(), dy.contiguous()
+    heads = table.shape[1]
+    dqkv, dtable = qkv.new_empty(qkv.shape), table.new_empty(table.shape)
+    qkv, table, dy = qkv.contiguous(), table.contiguous(), dy.contiguous()
     fill = None if fill is None else fill.contiguous()
-    kinds = dtypes_of(qkv, turned, fill, dy, dtable)
+    kinds = dtypes_of(qkv, table, fill, dy, dtable)
     launch, add_up, groups = plan_grad_window_attention(
         dy.shape, heads, tuple(window), tuple(shift), kinds
     )
     T, C = window[0] * window[1], dy.shape[3]
-    sums = turned.new_empty((groups, heads, T, T), dtype=torch.float32)
-    is_filled = launch.constants["FILLED"]
-    beyond = sums.new_empty((groups, 2 * C) if is_filled else (0,))
-    launch(qkv, turned, fill, dy, dqkv, sums, beyond if is_filled else None)
+    sums = table.new_empty((groups, heads, T, T), dtype=torch.float32)
+    if launch.constants["FILLED"]:
+        beyond = sums.new_empty((groups, 2 * C))
+        launch(qkv, table, fill, dy, dqkv, sums, beyond)
+    else:
+        beyond = qkv.new_empty(0)
+        launch(qkv, table, fill, dy, dqkv, sums, None)
     add_up(sums, dtable)
     return dqkv, dtable, beyond
 

@@ -2,7 +2,7 @@
 
     o_i = sum_j softmax_j(d^(-1/2) q_i . k_j + bias_ij + mask_ij) v_j        i, j of one window
 
-qkv `(B, H, W, 3 C)`, table `(heads, (2 WH - 1) (2 WW - 1))`, fill `(3 C,)` or None -> y
+qkv `(B, H, W, 3 C)`, table `((2 WH - 1) (2 WW - 1), heads)`, fill `(3 C,)` or None -> y
 `(B, H, W, C)`. Bias and mask are those of `windows.py`. What lies beyond the grid has the queries,
 keys and values of fill, or zeros, and no result. A program has one head of the windows at one
 place in several pictures: their tokens and their bias it finds once. The logits stay in registers.
@@ -18,8 +18,8 @@ import triton.language as tl
 from .launch import Launch, kernel
 from .windows import bias_of, load_heads, tokens_of, weights_of
 
-# Programs for every multiprocessor, of which an H200 has as many; tokens and channels of a tile.
-PROGRAMS, MULTIPROCESSORS, TOKENS, CHANNELS = 6, 132, 64, 64
+# Programs for every multiprocessor, of which an H200 has as many.
+PROGRAMS, MULTIPROCESSORS = 6, 132
 
 
 @kernel
@@ -30,15 +30,14 @@ def window_attention_kernel(
     D: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr, SHIFTED: tl.constexpr, FILLED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    NUMBERS: tl.constexpr = (2 * WH - 1) * (2 * WW - 1)
     i_h, i_w = tl.program_id(0) % heads, tl.program_id(0) // heads
     C = tl.cast(heads, tl.int64) * D
     factor = tl.cast(scale, tl.float32)
     o_d = tl.arange(0, BLOCK_D)
     inside = (o_d < D)[None, :]
     token, there = tokens_of(i_w, rows, columns, across, turn_r, turn_c, WH, WW, BLOCK)
-    p_n = table + i_h * NUMBERS
-    bias = bias_of(p_n, i_w, down, across, shift_r, shift_c, WH, WW, BLOCK, SHIFTED)
+    place = i_w, down, across, shift_r, shift_c
+    bias = bias_of(table + i_h, heads, *place, WH, WW, BLOCK, SHIFTED)
     f_q, f_k, f_v = fill, fill, fill
     if FILLED:
         f_q += i_h * D + o_d[None, :]
@@ -55,12 +54,6 @@ def window_attention_kernel(
         p, total = weights_of(q, k, bias, factor, PRECISION)
         o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) / total[:, None]
         tl.store(p_y + i_b * size, o.to(y.dtype.element_ty), mask=there[:, None] & inside)
-
-
-def serves(dtype: torch.dtype, channels: int, heads: int, window: tuple[int, int]) -> bool:
-    """Whether there are kernels for windows of that many tokens, and heads of that width."""
-    fits = window[0] * window[1] <= TOKENS and channels // heads <= CHANNELS
-    return fits and dtype != torch.float64
 
 
 def geometry(

@@ -32,15 +32,14 @@ def grad_window_attention_kernel(
     BLOCK_D: tl.constexpr, SHIFTED: tl.constexpr, FILLED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = WH * WW
-    NUMBERS: tl.constexpr = (2 * WH - 1) * (2 * WW - 1)
     i_h, i_w = tl.program_id(0) % heads, tl.program_id(0) // heads
     C = tl.cast(heads, tl.int64) * D
     factor = tl.cast(scale, tl.float32)
     o_t, o_d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     inside = (o_d < D)[None, :]
     token, there = tokens_of(i_w, rows, columns, across, turn_r, turn_c, WH, WW, BLOCK)
-    p_n = table + i_h * NUMBERS
-    bias = bias_of(p_n, i_w, down, across, shift_r, shift_c, WH, WW, BLOCK, SHIFTED)
+    place = i_w, down, across, shift_r, shift_c
+    bias = bias_of(table + i_h, heads, *place, WH, WW, BLOCK, SHIFTED)
     f_q, f_k, f_v = fill, fill, fill
     if FILLED:
         f_q += i_h * D + o_d[None, :]

@@ -31,19 +31,20 @@ def tokens_of(
 
 @triton.jit
 def bias_of(
-    table, i_w, down, across, shift_r, shift_c,
+    table, heads, i_w, down, across, shift_r, shift_c,
     WH: tl.constexpr, WW: tl.constexpr, BLOCK: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """(BLOCK, BLOCK) of a window: a number for how far apart two tokens are, and the mask.
 
     It is -100 for tokens from opposite sides of the grid, and -inf for keys that are none.
 
-    table: of the head, `((2 WH - 1) (2 WW - 1),)`.
+    table: of the head, `((2 WH - 1) (2 WW - 1),)`, whose numbers those of the other heads are
+        between: a copy without them would take longer to launch than their cache lines to load.
     """
     o_q, o_k = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
     o_n = (o_q // WW - o_k // WW + WH - 1) * (2 * WW - 1) + o_q % WW - o_k % WW + WW - 1
     T: tl.constexpr = WH * WW
-    bias = tl.load(table + o_n, mask=(o_q < T) & (o_k < T), other=0.0).to(tl.float32)
+    bias = tl.load(table + o_n * heads, mask=(o_q < T) & (o_k < T), other=0.0).to(tl.float32)
     if SHIFTED:
         first_r, first_c = i_w // across * WH, i_w % across * WW
         turned_r, turned_c = down * WH - shift_r - first_r, across * WW - shift_c - first_c
