@@ -29,6 +29,7 @@ from .grid import (
 )
 from .layer_norm import LayerNorm
 from .linear import Linear
+from .plain_modules import idle
 
 
 class FocusedLinearAttention(nn.Module):
@@ -118,10 +119,11 @@ class FocusedLinearAttention(nn.Module):
         Raises:
             ValueError: If N is not H * W, or one of these less than `sr_ratio`.
         """
+        parts: Any = self._modules
         H, W = grid_of(x.shape[1], H, W)
         key_size = reduced_size(H, W, self.sr_ratio or 1)
         if self.sr_ratio is None:
-            q, k, v = self.qkv(x).chunk(3, -1)
+            q, k, v = parts["qkv"](x).chunk(3, -1)
         else:
             q = self.q(x)
             if self.sr_ratio > 1:
@@ -137,8 +139,9 @@ class FocusedLinearAttention(nn.Module):
             scale=self.scale.view(self.num_heads, -1),
             eps=1e-6,
         )
-        out = add_local_mixing(out.transpose(1, 2).flatten(2), self.dwc, v, H, W)
-        return self.proj_drop(self.proj(out))
+        out = add_local_mixing(out.transpose(1, 2).flatten(2), parts["dwc"], v, H, W)
+        out = parts["proj"](out)
+        return out if idle(parts["proj_drop"]) else self.proj_drop(out)
 
     def extra_repr(self) -> str:
         return (

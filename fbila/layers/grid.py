@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..ops.autocast import without_autocast
 from ..ops.depthwise_conv_library import depthwise_conv
+from .plain_modules import parameter
 
 
 def grid_of(tokens: int, H: int | None, W: int | None) -> tuple[int, int]:
@@ -40,7 +41,8 @@ def as_tokens(x: Tensor) -> Tensor:
 
 def heads_of(x: Tensor, num_heads: int) -> Tensor:
     """`(B, N, C)` -> `(B, heads, N, C / heads)`, a view."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    B, N, C = x.shape
+    return x.view(B, N, num_heads, C // num_heads).transpose(1, 2)
 
 
 def reduced_size(H: int, W: int, sr_ratio: int) -> tuple[int, int]:
@@ -100,6 +102,8 @@ def add_local_mixing(
     """
     if v.shape[1] != H * W:
         v = F.interpolate(v.transpose(1, 2), size=H * W, mode="linear").transpose(1, 2)
-    grid, addend = (x.unflatten(1, (H, W)) for x in (v, out))
-    gate = None if gate is None else gate.unflatten(1, (H, W))
-    return depthwise_conv(grid, conv.weight, conv.bias, addend, gate).flatten(1, 2)
+    B, N, C = out.shape
+    addend = out.reshape(B, H, W, C)
+    gate = None if gate is None else gate.reshape(B, H, W, C)
+    weight, bias = parameter(conv, "weight"), parameter(conv, "bias")
+    return depthwise_conv(v.reshape(B, H, W, C), weight, bias, addend, gate).view(B, N, C)
