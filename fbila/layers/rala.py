@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..ops import linear_attn
-from .feature_sums import feature_dot, feature_mean
+from .feature_sums import feature_dot, feature_sum
 from .gated_picture import GatedPictureAttention
 
 
@@ -44,9 +44,10 @@ class RALA(GatedPictureAttention):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, rotary: Any) -> Tensor:
         """`linear_attn` of weighed keys; the weights come from two operations before it."""
-        N = k.shape[2]
-        wish = feature_mean(q, "elu1") * self.scale
+        wish = feature_sum(q, "elu1") * (self.scale / max(q.shape[2], 1))
         logits = feature_dot(k, wish, "elu1")
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        weight = N * logits.softmax(-1, dtype=dtype)
-        return linear_attn(q, k, v, feature_map="elu1", eps=1e-6, rotary=rotary, key_weight=weight)
+        options: Any = {"feature_map": "elu1", "eps": 1e-6, "rotary": rotary}
+        # Sums of softmax's weights are means of w, which are N times these.
+        weight = logits.softmax(-1, dtype=dtype)
+        return linear_attn(q, k, v, key_weight=weight, normalizer="sum", **options)

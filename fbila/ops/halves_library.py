@@ -15,7 +15,7 @@ from .library import LIBRARY, empty_inverse, empty_state, sum_dtype
 from .replay import replayed
 
 _KEYS = "Tensor k, Tensor v, Tensor? key_weight, Tensor? key_mask, Tensor? table"
-_QUERY = "Tensor q, Tensor state, Tensor count, Tensor? table"
+_QUERY = "Tensor q, Tensor state, Tensor? count, Tensor? table"
 _APPLY = "str feature_map, str normalizer, str rotary, float eps"
 LIBRARY.define(f"linear_attn_state({_KEYS}, str feature_map, str rotary) -> Tensor")
 LIBRARY.define(
