@@ -6,6 +6,7 @@ x, y: `(B, C, H, W)`; the projections are 1 x 1 convolutions, dwc a depthwise 5 
 the gate g has no activation.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +15,6 @@ from ..ops import Rotary
 from .axial_rotary import AxialRotary, check_pairs
 from .checks import check_heads
 from .depthwise_conv import DepthwiseConv2d
-from .grid import heads_of
 from .over_tokens import over_tokens
 from .pointwise_conv import PointwiseConv2d
 
@@ -55,17 +55,27 @@ class GatedPictureAttention(nn.Module):
         Returns:
             `(B, C, H, W)`.
         """
-        H, W = x.shape[2:]
+        return self.of_tokens(x.permute(0, 2, 3, 1), rotary).permute(0, 3, 1, 2)
+
+    def of_tokens(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
+        """`forward`, of tokens `(B, H, W, C)` to the same shape."""
+        own: Any = self._modules
+        B, H, W, C = x.shape
+        rotary = own["rope"](H, W, x.permute(0, 3, 1, 2)) if rotary is None else rotary
         # Views of what the convolution wrote, in whichever order, read in place. As one split of
         # tokens they have one gradient.
-        parts = over_tokens(self.qkvo, x.permute(0, 2, 3, 1)).flatten(1, 2).chunk(4, -1)
-        q, k, v = (heads_of(part, self.num_heads) for part in parts[:3])
-        out = self.mix(q, k, v, self.rope(H, W, x) if rotary is None else rotary)
-        values, gate = (part.unflatten(1, (H, W)) for part in parts[2:])
+        heads = self.num_heads, C // self.num_heads
+        whole = over_tokens(own["qkvo"], x).reshape(B, H * W, 4, *heads)
+        q, k, v, gate = self.parts(whole, rotary)
+        out = self.mix(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), rotary)
         # A view likewise: the operators answer in the memory order of q.
-        out = out.mT.flatten(1, 2).mT.unflatten(1, (H, W))
-        y = over_tokens(self.lepe, values, out, gate)
-        return over_tokens(self.proj, y).permute(0, 3, 1, 2)
+        out = out.mT.reshape(B, C, H, W).permute(0, 2, 3, 1)
+        y = over_tokens(own["lepe"], v.reshape(B, H, W, C), out, gate.reshape(B, H, W, C))
+        return over_tokens(own["proj"], y)
+
+    def parts(self, whole: Tensor, rotary: Any) -> Sequence[Tensor]:
+        """q, k, v and g `(B, N, heads, d)` of `(B, N, 4, heads, d)`."""
+        return whole.unbind(2)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, rotary: Any) -> Tensor:
         """`(B, heads, N, d)` of q, k and v of that shape."""

@@ -8,7 +8,7 @@ from ..ops.autograd import ordinary
 from ..ops.depthwise_conv_library import depthwise_conv
 from ..ops.linear import linear
 from .depthwise_conv import DepthwiseConv2d
-from .plain_modules import plain
+from .plain_modules import parameter, plain
 from .pointwise_conv import PointwiseConv2d
 
 # What their modules compute by, as long as nobody has put anything else in its place.
@@ -31,11 +31,11 @@ def over_tokens(module: nn.Module, x: Tensor, *others: Tensor | None, **options:
         torch.Size([2, 5, 7, 8])
     """
     if ordinary(x) and x.stride(3) == 1:
-        convolution: Any = module
         if _is_ours(module, DepthwiseConv2d):
-            return depthwise_conv(x, convolution.weight, convolution.bias, *others, **options)
+            weight, bias = parameter(module, "weight"), parameter(module, "bias")
+            return depthwise_conv(x, weight, bias, *others, **options)
         if _is_ours(module, PointwiseConv2d):
-            return linear(x, convolution.weight.flatten(1), convolution.bias)
+            return linear(x, parameter(module, "weight").flatten(1), parameter(module, "bias"))
     pictures = [None if t is None else t.permute(0, 3, 1, 2) for t in (x, *others)]
     return module(*pictures, **options).permute(0, 2, 3, 1)
 

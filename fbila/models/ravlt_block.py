@@ -5,6 +5,7 @@
 x: `(B, H, W, C)`. dwc is a depthwise 3 x 3 convolution, and there is another one within ffn.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..layers.depthwise_conv import DepthwiseConv2d
 from ..layers.gated_picture import GatedPictureAttention
 from ..layers.layer_norm import LayerNorm
 from ..layers.over_tokens import over_tokens
-from ..layers.plain_modules import plain
+from ..layers.plain_modules import idle, parameter, plain
 from ..layers.pointwise_conv import PointwiseConv2d
 from ..ops import Rotary
 from ..ops.autograd import ordinary
@@ -35,34 +36,32 @@ register_notrace_module(RALA)
 class SoftmaxPictureAttention(GatedPictureAttention):
     """RALA's layer with softmax attention in it, `(B, C, H, W)` to the same shape."""
 
+    def parts(self, whole: Tensor, rotary: Any) -> Sequence[Tensor]:
+        pair, v, gate = whole.split((2, 1, 1), 2)
+        # Contiguous, as the output is to be.
+        q, k = _rotated(pair.movedim(2, 0), rotary)
+        return q, k, v.squeeze(2), gate.squeeze(2)
+
     def mix(self, q: Tensor, k: Tensor, v: Tensor, rotary: Any) -> Tensor:
         # Token-major, and so are the output, which lies as q does, and its gradient: pictures in
         # channels_last, without a copy. PyTorch 2.11 looks up the plan of cuDNN's backward pass by
         # the strides of q, k and v alone. Where the gradient lay otherwise than in the call which
         # made the plan, it would be misread: it has to lie as the output, whatever is around.
-        turns = _turns(rotary, q, k)
-        q, k = (_rotated(t.transpose(1, 2), rotary, turns).transpose(1, 2) for t in (q, k))
         return F.scaled_dot_product_attention(q, k, v)
 
 
-def _turns(rotary: Rotary, q: Tensor, k: Tensor) -> Tensor | None:
-    """The tables as complex numbers `(N, 1, d / 2)`, if channels of q and k are contiguous."""
+def _rotated(x: Tensor, rotary: Rotary) -> Sequence[Tensor]:
+    """Both of x `(2, B, N, heads, d)`, rotated in the dtype of the tables, float32 at least."""
     cos, sin, interleaved = rotary
-    # Compilers do better without them.
-    if not (interleaved and ordinary(q, k, cos, sin) and q.stride(-1) == k.stride(-1) == 1):
-        return None
-    return derived(lambda: torch.complex(cos, sin).unsqueeze(1), "complex", cos, sin)
-
-
-def _rotated(x: Tensor, rotary: Rotary, turns: Tensor | None) -> Tensor:
-    """x `(B, N, heads, d)` rotated in the dtype of the tables, float32 at least."""
-    cos, sin, interleaved = rotary
-    wide = x.to(cos.dtype)
-    if turns is None:
+    wide = x.to(cos.dtype, memory_format=torch.contiguous_format).contiguous()
+    if not (interleaved and ordinary(wide, cos, sin)):
+        # Compilers do better without complex numbers.
         tables = Rotary(cos.unsqueeze(1), sin.unsqueeze(1), interleaved)
-        return rotate(wide, tables).to(x.dtype)
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * turns
-    return torch.view_as_real(pairs).flatten(-2).to(x.dtype)
+        return rotate(wide, tables).to(x.dtype).unbind()
+    turns = derived(lambda: torch.complex(cos, sin).unsqueeze(1), "complex", cos, sin)
+    _, B, N, heads, d = x.shape
+    pairs = torch.view_as_complex(wide.view(2, B, N, heads, d // 2, 2)) * turns
+    return torch.view_as_real(pairs).view(x.shape).to(x.dtype).unbind()
 
 
 @register_notrace_module
@@ -99,7 +98,8 @@ class WrappedNorm(nn.Module):
         self.norm = LayerNorm(dim, eps=1e-6, for_maps=True, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x)
+        norm: Any = self._modules["norm"]
+        return norm(x)
 
 
 class ConvFeedForward(nn.Module):
@@ -114,12 +114,15 @@ class ConvFeedForward(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = over_tokens(self.fc1, x.permute(0, 2, 3, 1))
+        """`(B, H, W, C)` to the same shape."""
+        own: Any = self._modules
+        x = over_tokens(own["fc1"], x)
         if self.training and self.drop1.p > 0:
-            x = over_tokens(self.dwconv, self.drop1(F.gelu(x)), residual=True)
+            x = over_tokens(own["dwconv"], self.drop1(F.gelu(x)), residual=True)
         else:
-            x = over_tokens(self.dwconv, x, residual=True, gelu=True)
-        return self.drop2(over_tokens(self.fc2, x).permute(0, 3, 1, 2))
+            x = over_tokens(own["dwconv"], x, residual=True, gelu=True)
+        x = over_tokens(own["fc2"], x)
+        return x if idle(own["drop2"]) else self.drop2(x)
 
 
 class RAVLTBlock(nn.Module):
@@ -146,13 +149,23 @@ class RAVLTBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
-        x = with_conv(self.pos, x)
-        x = self._with(x, self.gamma_1, over_grid(self.attn, self.norm1(x), rotary))
-        return self._with(x, self.gamma_2, over_grid(self.ffn, self.norm2(x)))
+        own: Any = self._modules
+        x = with_conv(own["pos"], x)
+        x = self._with(x, "gamma_1", _attended(own["attn"], own["norm1"](x), rotary))
+        return self._with(x, "gamma_2", own["ffn"](own["norm2"](x)))
 
-    def _with(self, x: Tensor, gamma: Tensor, y: Tensor) -> Tensor:
+    def _with(self, x: Tensor, gamma: str, y: Tensor) -> Tensor:
         """`x + gamma * y`, with stochastic depth."""
-        drop_path = self.drop_path
-        if plain(drop_path, nn.Identity) or (plain(drop_path, DropPath) and not drop_path.training):
-            return torch.addcmul(x, gamma.flatten(), y)
-        return x + drop_path(gamma.flatten() * y)
+        drop_path: Any = self._modules["drop_path"]
+        scale = parameter(self, gamma).view(-1)
+        if idle(drop_path, DropPath):
+            return torch.addcmul(x, scale, y)
+        return x + drop_path(scale * y)
+
+
+def _attended(attn: Any, x: Tensor, rotary: Rotary) -> Tensor:
+    """What attention makes of tokens, without views as a picture where it is as we know it."""
+    known = (
+        type(attn) in (RALA, SoftmaxPictureAttention) and ordinary(x) and plain(attn, type(attn))
+    )
+    return attn.of_tokens(x, rotary) if known else over_grid(attn, x, rotary)

@@ -116,11 +116,13 @@ def test_branches_are_scaled(drop_path, training, dropping):
     torch.manual_seed(1)
     y = block(x, rotary)
 
-    def branch(module, norm, gamma, x, *others):
-        z = module(norm(x).permute(0, 3, 1, 2), *others).permute(0, 2, 3, 1)
-        return x + block.drop_path(gamma.flatten() * z)
+    def attend(x):
+        return attn(x.permute(0, 3, 1, 2), rotary).permute(0, 2, 3, 1)
+
+    def branch(module, norm, gamma, x):
+        return x + block.drop_path(gamma.flatten() * module(norm(x)))
 
     torch.manual_seed(1)
     x = x + block.pos(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    x = branch(block.attn, block.norm1, block.gamma_1, x, rotary)
+    x = branch(attend, block.norm1, block.gamma_1, x)
     torch.testing.assert_close(y, branch(block.ffn, block.norm2, block.gamma_2, x))
