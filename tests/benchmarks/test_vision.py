@@ -14,7 +14,7 @@ from benchmarks.turns import measure_subject
 from benchmarks.unet.goals import Goal
 from benchmarks.unet.timer import StepTimer
 from benchmarks.vision import __main__ as command
-from benchmarks.vision import plot, step, tables, warm
+from benchmarks.vision import plot, step, tables
 from benchmarks.vision.models import HOSTS
 from benchmarks.vision.official import OFFICIAL, official
 from benchmarks.vision.rows import LAYERS, MODELS, ROWS, TINY_ROWS, WAYS, Row, select
@@ -253,23 +253,3 @@ def test_lines(result):
     assert any(
         line.startswith("row  goal time of fbila at most 0.77 of eager's") for line in printed
     )
-
-
-def test_what_is_compiled_beforehand_is_every_row(monkeypatch, capsys):
-    asked = []
-    monkeypatch.setattr(warm, "compile_rows", lambda names, output: asked.append(names) or "")
-    warm.main([])
-    assert sorted(name for names in asked for name in names) == sorted(row.name for row in ROWS)
-    assert asked[0][0].startswith("models/training")
-    asked.clear()
-    warm.main(["--only", "layers/inference/mlla"])
-    assert asked == [["layers/inference/mlla/56", "layers/inference/mlla/112"]]
-    assert "all rows are compiled" in capsys.readouterr().out
-
-
-def test_a_row_that_does_not_compile_is_told(monkeypatch, tmp_path):
-    class Ended:
-        returncode, stdout, stderr = 1, "a row\n1 failed; 0 of 0 goals met\n", ""
-
-    monkeypatch.setattr(warm.subprocess, "run", lambda *_, **__: Ended)
-    assert warm.compile_rows(["a"], tmp_path) == "a: 1 failed; 0 of 0 goals met"
