@@ -19,6 +19,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 from torch.library import wrap_triton
 
 from .library import LIBRARY
+from .written import remember_what_is_written
 
 # Inductor gives numbers that fit 32 bits, and products of them with indices must fit, too.
 _MOST = 2**31
@@ -55,6 +56,7 @@ def launch(
     options: dict[str, int],
 ) -> None:
     """Make `kernel[grid](*tensors, *numbers, **constants, **options)` part of the graph."""
+    remember_what_is_written()
     wrap_triton(kernel)[grid](*tensors, *numbers, **constants, **options)
 
 
