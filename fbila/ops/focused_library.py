@@ -68,21 +68,35 @@ def _sides(columns, key_mask, q_rows, k_rows, power):
 
 def backward(do, q, k, v, columns, key_mask, total, state, inverse, q_rows, k_rows, power, eps):
     """dq, dk, dv and the gradient of columns."""
-    from .kernels.grad_focus import launch_focus_gradient
-
-    dq, dk, dv, dcolumns = _empty_gradients(q, k, v, columns)
     if do.numel() == 0 or k.shape[2] == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_(), dcolumns.zero_()
+        return tuple([x.zero_() for x in _empty_gradients(q, k, v, columns)])
+    dq, dk, dv, q_along, k_along = _to_features(
+        do, q, k, v, columns, key_mask, total, state, inverse, q_rows, k_rows, power
+    )
+    # So far dq and dk are those of f(q) and f(k), times these.
+    of_queries = _through(q, dq, columns, q_rows, q_along.sum(1), None, power).sum(0)
+    of_keys = _through(k, dk, columns, k_rows, k_along.sum(1), key_mask, power).sum(0)
+    return dq, dk, dv, of_queries + of_keys
+
+
+@replayed
+def _to_features(do, q, k, v, columns, key_mask, total, state, inverse, q_rows, k_rows, power):
+    """f(q) df(q), f(k) df(k) and dv, and the sums over channels of the first two."""
+    dq, dk, dv, _ = _empty_gradients(q, k, v, columns)
     sides = _sides(columns, key_mask, q_rows, k_rows, power)
     q_along, k_along = (columns.new_empty(x.shape[:3]) for x in (q, k))
     backward_of(
         do, q, k, v, *sides, total, state, inverse, dq, dk, dv, k_along, "focused", "mean", 1.0,
         needs_keys=True, query_dw=q_along,
     )  # fmt: skip
-    # So far dq and dk are those of f(q) and f(k), times these.
-    of_queries = launch_focus_gradient(q, dq, columns, q_rows, q_along.sum(1), None, power)
-    of_keys = launch_focus_gradient(k, dk, columns, k_rows, k_along.sum(1), key_mask, power)
-    return dq, dk, dv, of_queries + of_keys
+    return dq, dk, dv, q_along, k_along
+
+
+@replayed
+def _through(x, df, columns, rows, along, mask, power):
+    from .kernels.grad_focus import launch_focus_gradient
+
+    return launch_focus_gradient(x, df, columns, rows, along, mask, power)
 
 
 def _empty_gradients(q, k, v, columns):

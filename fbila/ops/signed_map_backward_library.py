@@ -12,6 +12,7 @@ from .autograd import refuse_second_derivative
 from .inlining import inline
 from .library import LIBRARY, sum_dtype
 from .memory_format import dtypes_of
+from .replay import replayed
 
 LIBRARY.define(
     "signed_map_backward(Tensor? dy, Tensor? dopposite, Tensor x, Tensor? addend, Tensor? table, "
@@ -58,12 +59,35 @@ def empty_gradients(dy, dopposite, x, addend, table, kind, needs_grad):
 
 
 def in_kernel(dy, dopposite, x, addend, table, kind, needs_grad):
+    others = [False, *needs_grad[1:]]
+    dx, daddend, dtable = empty_gradients(dy, dopposite, x, addend, table, kind, others)
+    if not x.numel():
+        dx = empty_token_major(x) if needs_grad[0] else dx
+        return dx, daddend.zero_(), dtable.zero_()
+    written, sums = launched(dy, dopposite, x, addend, table, kind, needs_grad)
+    if daddend.numel():
+        daddend.copy_(written.sum(0, dtype=sum_dtype(x)).transpose(0, 1))
+    if dtable.numel():
+        rows = sums.shape[1]
+        dtable[:rows] = sums.sum(0)
+        if rows < len(dtable):
+            # An opposite that nothing came from.
+            dtable[rows:] = 0
+    return written if needs_grad[0] else dx, daddend, dtable
+
+
+@replayed
+def launched(dy, dopposite, x, addend, table, kind, needs_grad):
+    """dx, and the sums of each program for dtable; empty where nobody asks for them.
+
+    The gradient of the addend is a sum of dx, wanted or not.
+    """
     from .kernels.signed_map_backward import plan_signed_map_backward
 
-    dx, daddend, dtable = empty_gradients(dy, dopposite, x, addend, table, kind, needs_grad)
-    if not x.numel():
-        return dx, daddend.zero_(), dtable.zero_()
-    to_table, to_addend = (t is not None and t.numel() > 0 for t in (dtable, daddend))
+    to_x, to_addend, to_table = (
+        needed and t is not None and t.numel() > 0
+        for t, needed in zip((x, addend, table), needs_grad, strict=True)
+    )
     x, dy, dopposite = (None if t is None else channels_together(t) for t in (x, dy, dopposite))
     held, saved = (None if t is None else t.contiguous() for t in (addend, table))
     launch, programs = plan_signed_map_backward(
@@ -73,21 +97,13 @@ def in_kernel(dy, dopposite, x, addend, table, kind, needs_grad):
         dtypes_of(x, held, dy, dopposite, saved),
         kind,
     )
-    # That of the addend is a sum of dx, wanted or not.
-    written = dx if dx.numel() else empty_token_major(x) if to_addend else None
+    written = empty_token_major(x) if to_x or to_addend else None
     rows = 2 if kind == "power" or dopposite is None else 4
     sums = None
     if to_table:
         sums = x.new_empty(programs, rows, *table.shape[1:], dtype=sum_dtype(x))
     launch(x, held, saved, dy, dopposite, written, sums)
-    if to_addend:
-        daddend.copy_(written.sum(0, dtype=sum_dtype(x)).transpose(0, 1))
-    if to_table:
-        dtable[:rows] = sums.sum(0)
-        if rows < len(dtable):
-            # An opposite that nothing came from.
-            dtable[rows:] = 0
-    return dx, daddend, dtable
+    return tuple([x.new_empty(0) if t is None else t for t in (written, sums)])
 
 
 def in_pytorch(dy, dopposite, x, addend, table, kind, needs_grad):

@@ -152,6 +152,8 @@ def launch_focus_gradient(
 ) -> torch.Tensor | None:
     """Overwrite df, the gradient of f(x) times f(x), with that of x; return that of `columns`.
 
+    The latter as parts `(programs, H, K)`, which are to be added up.
+
     rows: of `launch_focus_rows`, with the same columns, mask and power. along: `(B, N)`, contiguous
     and in the type of rows, the sum of df over heads and channels as it is given. Tokens that are
     masked get 0 and give nothing, whatever df and `along` hold for them.
@@ -168,4 +170,4 @@ def launch_focus_gradient(
         return None
     partial = columns.new_empty(programs, *columns.shape)
     launch(x, df, columns, rows, along, mask, partial)
-    return partial.sum(0)
+    return partial
