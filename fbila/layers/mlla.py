@@ -84,7 +84,10 @@ class MLLALinearAttention(nn.Module):
         """
         H, W = grid_of(x.shape[1], H, W)
         tables: Any = self.rope(H, W, x) if rotary is None else rotary
-        q, k = self.qk(x).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        own: Any = self._modules
+        B, N, C = x.shape
+        heads = self.num_heads, C // self.num_heads
+        q, k = own["qk"](x).view(B, N, 2, *heads).unbind(2)
         # All three are views, which the op reads in place.
         out = linear_attn(
             q.transpose(1, 2),
@@ -94,8 +97,8 @@ class MLLALinearAttention(nn.Module):
             eps=1e-6,
             rotary=tables,
         )
-        out = out.transpose(1, 2).flatten(2).unflatten(1, (H, W))
-        return over_tokens(self.lepe, x.unflatten(1, (H, W)), out).flatten(1, 2)
+        out = out.transpose(1, 2).reshape(B, H, W, C)
+        return over_tokens(own["lepe"], x.reshape(B, H, W, C), out).reshape(B, N, C)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"

@@ -19,6 +19,7 @@ from ..layers.depthwise_conv import DepthwiseConv2d
 from ..layers.layer_norm import LayerNorm
 from ..layers.pointwise_conv import PointwiseConv2d
 from .backbone import init_linear
+from .branch import add_branch
 from .mlp import Mlp
 from .stages import Stage, StagedBackbone, over_grid, with_conv
 
@@ -88,10 +89,11 @@ class TokenBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = with_conv(self.cpe1, x)
-        x = x + self.drop_path(self.mix(self.norm1(x)))
-        x = with_conv(self.cpe2, x)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        own: Any = self._modules
+        x = with_conv(own["cpe1"], x)
+        x = add_branch(x, self.mix(own["norm1"](x)), own["drop_path"])
+        x = with_conv(own["cpe2"], x)
+        return add_branch(x, own["mlp"](own["norm2"](x)), own["drop_path"])
 
     def mix(self, x: Tensor) -> Tensor:
         raise NotImplementedError

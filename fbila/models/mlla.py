@@ -62,11 +62,12 @@ class MLLABlock(TokenBlock):
         self.out_proj = Linear(dim, dim, **factory)
 
     def mix(self, x: Tensor) -> Tensor:
-        _, H, W, _ = x.shape
-        gate = self.act_proj(x)
-        x = over_tokens(self.dwc, self.in_proj(x), silu=True)
-        x = self.attn(x.flatten(1, 2), H, W).unflatten(1, (H, W))
-        return self.out_proj(self.gate(x, gate))
+        own: Any = self._modules
+        B, H, W, C = x.shape
+        gate = own["act_proj"](x)
+        x = over_tokens(own["dwc"], own["in_proj"](x), silu=True)
+        x = own["attn"](x.reshape(B, H * W, C), H, W).reshape(B, H, W, C)
+        return own["out_proj"](own["gate"](x, gate))
 
 
 class MLLA(TokenBackbone):
