@@ -14,6 +14,10 @@ from fbila.layers import RALA, FocusedLinearAttention, MLLALinearAttention
 
 # SiLU is 1 there.
 OPEN = 1.2785
+# How small values are made for SiLU, which is z / 2 + z^2 / 4 near 0.
+SMALL = 0.5
+# The least singular value of their projection that is inverted, as a part of the largest.
+LEAST = 0.05
 
 
 class MLLAMixer(nn.Module):
@@ -90,6 +94,29 @@ def mlla(spec: AttentionSpec) -> nn.Module:
 
 
 @torch.no_grad()
+def mlla_of_trained(spec: AttentionSpec) -> nn.Module:
+    """As near as MLLA comes to linear attention by trained queries, keys and values of softmax.
+
+    Its convolutions leave each pixel alone at first, and values, made small, pass SiLU as halves of
+    themselves. Queries and keys are made of these values.
+    """
+    layer = mlla(spec)
+    for conv in (layer.dwc, layer.attn.lepe):
+        nn.init.zeros_(conv.weight)
+        nn.init.zeros_(conv.bias)
+    layer.dwc.weight[:, :, 1, 1] = 1
+    layer.in_proj.weight.mul_(SMALL)
+    layer.in_proj.bias.mul_(SMALL)
+    layer.out_proj.weight.mul_(2 / SMALL)
+    weight, bias, rows = spec.module.qkv.weight, spec.module.qkv.bias, 2 * spec.dim
+    # What is read of x in directions that have next to no values is not to be had.
+    of_values = weight[:rows] @ torch.linalg.pinv(weight[rows:], rtol=LEAST)
+    layer.attn.qk.weight.copy_(2 / SMALL * of_values)
+    layer.attn.qk.bias.copy_(bias[:rows] - of_values @ bias[rows:])
+    return layer
+
+
+@torch.no_grad()
 def rala(spec: AttentionSpec) -> nn.Module:
     layer = RALA(spec.dim, spec.heads)
     dim = spec.dim
@@ -104,16 +131,21 @@ def rala(spec: AttentionSpec) -> nn.Module:
 
 
 FACTORIES = {"softmax_conv": softmax_conv, "focused": focused, "mlla": mlla, "rala": rala}
+# In a model that is trained.
+OF_TRAINED = {**FACTORIES, "mlla": mlla_of_trained}
 
 
-def put_in(model: nn.Module, name: str) -> nn.Module:
+def put_in(model: nn.Module, name: str, trained: bool = False) -> nn.Module:
     """The model with another attention.
 
     Args:
         name: "softmax" or one of `FACTORIES`; a layer of `fbila.layers`; or a feature map, for
             linear attention by the parameters that are there.
+        trained: Whether these are trained.
     """
     if name != "softmax":
-        attention = FACTORIES.get(name) or getattr(fbila.layers, name, name)
+        attention = (OF_TRAINED if trained else FACTORIES).get(name) or getattr(
+            fbila.layers, name, name
+        )
         swap(model, attention)
     return model

@@ -36,4 +36,4 @@ def build(args: argparse.Namespace, classes: int) -> nn.Module:
     )
     if args.start_from is not None:
         model.load_state_dict(load_file(args.start_from / "model.safetensors"))
-    return put_in(model, args.attention)
+    return put_in(model, args.attention, args.pretrained or args.start_from is not None)

@@ -3,15 +3,21 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
+from torch import nn
+
+from fbila import linear_attn
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import train_vit  # noqa: E402
+import vit_attention  # noqa: E402
 
 TINY = (
     "--size 16 --pictures 48 --held-out 20 --batch-size 16 --log-every 2 --mixed-precision no "
@@ -117,11 +123,28 @@ class TestFineTuning:
         focused, mlla, rala = (started(name).layer for name in ("focused", "mlla", "rala"))
         assert torch.equal(focused.qkv.weight, qkv)
         assert torch.equal(focused.proj.weight, proj)
-        assert torch.equal(mlla.in_proj.weight, qkv[32:])
-        assert torch.equal(mlla.out_proj.weight, proj)
+        assert torch.equal(mlla.in_proj.weight, qkv[32:] / 2)
+        assert torch.equal(mlla.out_proj.weight, 4 * proj)
         assert torch.equal(rala.qkvo.weight[:48].flatten(1), qkv)
         assert torch.equal(rala.proj.weight.flatten(1), proj)
         x = torch.zeros(1, 16, 16)
         gates = torch.nn.functional.silu(mlla.act_proj(x)), rala.qkvo.bias[48:]
         for gate in gates:
             torch.testing.assert_close(gate, torch.ones_like(gate), rtol=0, atol=1e-3)
+
+    def test_mlla_starts_as_linear_attention_of_what_softmax_has(self, monkeypatch):
+        # Small enough that SiLU is linear, and nothing left out.
+        monkeypatch.setattr(vit_attention, "SMALL", 1e-5)
+        monkeypatch.setattr(vit_attention, "LEAST", 0.0)
+        softmax = timm.layers.Attention(32, num_heads=2, qkv_bias=True).double()
+        with torch.no_grad():
+            softmax.qkv.bias.normal_()
+        spec = SimpleNamespace(dim=32, heads=2, module=softmax)
+        mixer = vit_attention.mlla_of_trained(spec).double()
+        nn.init.zeros_(mixer.act_proj.weight)
+        x = torch.randn(2, 15, 32, dtype=torch.float64)
+        q, k, v = softmax.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        rotary = mixer.attn.rope(3, 5, x)
+        o = linear_attn(q, k, v, feature_map="elu1", eps=1e-6, rotary=rotary)
+        expected = softmax.proj(o.transpose(1, 2).flatten(2))
+        torch.testing.assert_close(mixer(x, 3, 5), expected, rtol=1e-3, atol=1e-3)
