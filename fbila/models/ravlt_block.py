@@ -20,7 +20,7 @@ from ..layers.depthwise_conv import DepthwiseConv2d
 from ..layers.gated_picture import GatedPictureAttention
 from ..layers.layer_norm import LayerNorm
 from ..layers.over_tokens import over_tokens
-from ..layers.plain_modules import idle, parameter, plain
+from ..layers.plain_modules import idle, plain
 from ..layers.pointwise_conv import PointwiseConv2d
 from ..ops import Rotary
 from ..ops.autograd import ordinary
@@ -151,13 +151,14 @@ class RAVLTBlock(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
         own: Any = self._modules
         x = with_conv(own["pos"], x)
-        x = self._with(x, "gamma_1", _attended(own["attn"], own["norm1"](x), rotary))
-        return self._with(x, "gamma_2", own["ffn"](own["norm2"](x)))
+        # By their names, as FX has to see that they are parameters.
+        x = self._with(x, self.gamma_1, _attended(own["attn"], own["norm1"](x), rotary))
+        return self._with(x, self.gamma_2, own["ffn"](own["norm2"](x)))
 
-    def _with(self, x: Tensor, gamma: str, y: Tensor) -> Tensor:
+    def _with(self, x: Tensor, gamma: Tensor, y: Tensor) -> Tensor:
         """`x + gamma * y`, with stochastic depth."""
         drop_path: Any = self._modules["drop_path"]
-        scale = parameter(self, gamma).view(-1)
+        scale = gamma.view(-1)
         if idle(drop_path, DropPath):
             return torch.addcmul(x, scale, y)
         return x + drop_path(scale * y)

@@ -236,10 +236,12 @@ def assert_compiles_for_one_size(model: nn.Module, size: tuple[int, int]) -> Non
 
 
 def assert_traces(model: nn.Module, *sizes: tuple[int, int]) -> None:
-    """Features by name from a graph of FX, for any size."""
+    """Features by name from a graph of FX, for any size, of what the model has learned."""
     randomize(model).eval()
     names = [info["module"] for info in model.feature_info]
     extractor = create_feature_extractor(model, [*names, "head"])
+    # What is computed while a graph is traced would be constants of its own.
+    assert extractor.state_dict().keys() <= model.state_dict().keys()
     with torch.no_grad():
         for size in sizes:
             x = pictures(*size)
