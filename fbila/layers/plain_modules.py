@@ -12,8 +12,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 def parameter(module: nn.Module, name: str) -> Any:
     """`module.<name>`, soonest if it is a parameter; it may be computed, or None."""
-    found = module._parameters.get(name)
-    return getattr(module, name) if found is None else found
+    own = module._parameters
+    # Not `get`: DeepSpeed has dictionaries there that gather what is asked for in this way.
+    return own[name] if name in own else getattr(module, name)
 
 
 def plain(module: nn.Module, kind: type) -> bool:
