@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.casts import cast_of
 from ..ops.depthwise_conv_library import depthwise_conv
 from ..ops.linear import linear
 from .depthwise_conv import DepthwiseConv2d
@@ -36,7 +37,8 @@ def over_tokens(module: nn.Module, x: Tensor, *others: Tensor | None, **options:
             weight, bias = parameter(module, "weight"), parameter(module, "bias")
             return depthwise_conv(x, weight, bias, *others, **options)
         if _is_ours(module, PointwiseConv2d):
-            return linear(x, parameter(module, "weight").flatten(1), parameter(module, "bias"))
+            weight = cast_of(x, parameter(module, "weight")).flatten(1)
+            return linear(x, weight, parameter(module, "bias"))
     pictures = [None if t is None else t.permute(0, 3, 1, 2) for t in (x, *others)]
     return module(*pictures, **options).permute(0, 2, 3, 1)
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..ops.casts import cast_of
 from ..ops.linear import linear
 
 
@@ -32,4 +33,5 @@ class PointwiseConv2d(nn.Conv2d):
         if input.dim() != 4 or input.stride(1) != 1:
             return super().forward(input)
         tokens = input.permute(0, 2, 3, 1)
-        return linear(tokens, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        weight = cast_of(tokens, self.weight).flatten(1)
+        return linear(tokens, weight, self.bias).permute(0, 3, 1, 2)

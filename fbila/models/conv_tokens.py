@@ -20,6 +20,7 @@ from ..layers.layer_norm import LayerNorm
 from ..layers.pointwise_conv import PointwiseConv2d
 from .backbone import init_linear
 from .branch import add_branch
+from .casting import casting
 from .mlp import Mlp
 from .stages import Stage, StagedBackbone, over_grid, with_conv
 
@@ -70,12 +71,16 @@ class ConvDownsample(nn.Module):
 class TokenBlock(nn.Module):
     """The block; a subclass has `mix`, from `(B, H, W, C)` to the same shape, linear maps first.
 
+    `maps` are the paths of its linear maps.
+
     Args:
         dim: Channels C.
         mlp_ratio: Hidden channels of the MLP, as a multiple of C.
         proj_drop: Dropout in the MLP.
         drop_path: Stochastic depth.
     """
+
+    maps: tuple[tuple[str, ...], ...]
 
     def __init__(
         self, dim: int, mlp_ratio: float, proj_drop: float, drop_path: float, **factory: Any
@@ -88,6 +93,7 @@ class TokenBlock(nn.Module):
         self.norm2 = LayerNorm(dim, for_maps=True, **factory)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
 
+    @casting
     def forward(self, x: Tensor) -> Tensor:
         own: Any = self._modules
         x = with_conv(own["cpe1"], x)

@@ -16,6 +16,7 @@ from ..layers import FocusedLinearAttention, PolaLinearAttention
 from ..layers.grid import reduced_size, resize_positions
 from ..layers.layer_norm import LayerNorm
 from .branch import add_branch
+from .casting import casting, paths
 from .mlp import Mlp
 
 # They look at numbers of tokens, of which there are none while a graph is traced.
@@ -37,6 +38,12 @@ class GridBlock(nn.Module):
         drop_path: Probability to leave out either branch, for each picture of a training batch.
         norm_layer: Makes a norm of C channels.
     """
+
+    # Of either layer, with reduced keys or not.
+    maps = paths(
+        *("attn.qkv", "attn.q", "attn.kv", "attn.qkvg", "attn.qg"),
+        *("attn.proj", "mlp.fc1", "mlp.fc2"),
+    )
 
     def __init__(
         self,
@@ -62,6 +69,7 @@ class GridBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
+    @casting
     def forward(self, x: Tensor) -> Tensor:
         """Mixes a grid `(B, H, W, C)`."""
         parts: Any = self._modules

@@ -24,6 +24,7 @@ from ..layers.depthwise_conv import DepthwiseConv2d
 from ..layers.linear import Linear
 from ..layers.over_tokens import over_tokens
 from ..ops.silu_gate_library import silu_gate
+from .casting import paths
 from .conv_tokens import TokenBackbone, TokenBlock
 from .default_cfg import imagenet_cfg
 from .stages import create_staged
@@ -42,6 +43,8 @@ class Gate(nn.Module):
 
 class MLLABlock(TokenBlock):
     """One block, `(B, H, W, C)` to the same shape."""
+
+    maps = paths("in_proj", "act_proj", "attn.qk", "out_proj", "mlp.fc1", "mlp.fc2")
 
     def __init__(
         self,

@@ -26,6 +26,7 @@ from ..ops import Rotary
 from ..ops.autograd import ordinary
 from ..ops.derived import derived
 from ..ops.rotary import rotate
+from .casting import casting, paths
 from .stages import over_grid, with_conv
 
 # FX cannot follow what it does with sizes.
@@ -128,6 +129,8 @@ class ConvFeedForward(nn.Module):
 class RAVLTBlock(nn.Module):
     """One block, `(B, H, W, C)` to the same shape."""
 
+    maps = paths("attn.qkvo", "attn.proj", "ffn.fc1", "ffn.fc2")
+
     def __init__(
         self,
         attn: nn.Module,
@@ -148,6 +151,7 @@ class RAVLTBlock(nn.Module):
         self.gamma_2 = nn.Parameter(torch.full((1, dim, 1, 1), layer_scale, **factory))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
+    @casting
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
         own: Any = self._modules
         x = with_conv(own["pos"], x)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..layers import NonCausalSSD
 from ..layers.linear import Linear
+from .casting import paths
 from .conv_tokens import TokenBackbone, TokenBlock
 from .default_cfg import imagenet_cfg
 from .stages import create_staged
@@ -47,6 +48,9 @@ class SoftmaxAttention(nn.Module):
 
 class VSSDBlock(TokenBlock):
     """One block, `(B, H, W, C)` to the same shape, around a mixer of `(B, N, C)`."""
+
+    # Of in_proj the mixer makes one with rows of zeros.
+    maps = paths("attn.out_proj", "attn.to_qkv", "attn.to_out", "mlp.fc1", "mlp.fc2")
 
     def __init__(
         self,

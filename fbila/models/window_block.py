@@ -13,6 +13,7 @@ from ..layers.linear import Linear
 from ..layers.plain_modules import idle, parameter
 from ..ops.window_attention_library import window_attention
 from .branch import add_branch
+from .casting import casting, paths
 from .mlp import Mlp
 
 
@@ -23,6 +24,8 @@ class WindowBlock(timm.SwinTransformerBlock):
     that take minutes to compile where a size is not known beforehand.
     """
 
+    maps = paths("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{"norm_layer": partial(LayerNorm, for_maps=True), **options})
         # As timm has made them, but for how they compute.
@@ -31,6 +34,7 @@ class WindowBlock(timm.SwinTransformerBlock):
         self.attn.__class__ = WindowAttention
         self.mlp.__class__ = Mlp
 
+    @casting
     def forward(self, x: Tensor) -> Tensor:
         """Mixes a grid `(B, H, W, C)`."""
         parts: Any = self._modules

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .autocast import cast_for_autocast, without_autocast
 from .autograd import direct, needs_gradient, ordinary
+from .casts import cast_of
 from .library import sum_dtype
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -27,6 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
     Under autocast all of it is of the lower precision if x is, as PyTorch's own. Gradients of
     gradients are PyTorch's.
     """
+    weight, bias = cast_of(x, weight), cast_of(x, bias)
     if needs_gradient(x, weight, bias) and direct(x, weight, bias) and _is_large(x, weight):
         narrow = cast_for_autocast(x, weight, *([] if bias is None else [bias]))
         # Of float32 GELU is computed in float32, and cast then.

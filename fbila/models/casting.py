@@ -1,0 +1,49 @@
+"""Blocks whose linear maps have their weights cast for autocast at once."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.linear import Linear
+from ..layers.plain_modules import plain
+from ..layers.pointwise_conv import PointwiseConv2d
+from ..ops.casts import cast_together
+
+
+def casting(forward: Callable) -> Callable:
+    """`forward(block, x, ...)`, with the weights of the block's `maps` cast together.
+
+    These are the names of its linear maps; what else stands in their place casts its own.
+    """
+
+    @wraps(forward)
+    def run(block: Any, x: Tensor, *others: Any) -> Tensor:
+        if torch.compiler.is_compiling() or not torch._C._is_any_autocast_enabled():
+            return forward(block, x, *others)
+        # What traces modules has no tensor here, and autocast does not know the meta device.
+        if type(x) is not Tensor or x.is_meta:
+            return forward(block, x, *others)
+        with cast_together(x, parameters_of(block)):
+            return forward(block, x, *others)
+
+    return run
+
+
+def parameters_of(block: Any) -> list[Tensor]:
+    """Of those of its maps that are as they were made."""
+    found: list[Tensor] = []
+    for path in block.maps:
+        module: nn.Module | None = block
+        for name in path:
+            module = None if module is None else module._modules.get(name)
+        if module is not None and (plain(module, Linear) or plain(module, PointwiseConv2d)):
+            found += [p for p in module._parameters.values() if p is not None]
+    return found
+
+
+def paths(*names: str) -> tuple[tuple[str, ...], ...]:
+    """For `maps` of a block, by names with points in between."""
+    return tuple(tuple(name.split(".")) for name in names)
