@@ -12,6 +12,9 @@ from ..layers.plain_modules import plain
 from ..layers.pointwise_conv import PointwiseConv2d
 from ..ops.casts import cast_together
 
+# What they compute by, as long as nobody has put anything else in its place.
+_FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in (Linear, PointwiseConv2d)}
+
 
 def casting(forward: Callable) -> Callable:
     """`forward(block, x, ...)`, with the weights of the block's `maps` cast together.
@@ -39,7 +42,8 @@ def parameters_of(block: Any) -> list[Tensor]:
         module: nn.Module | None = block
         for name in path:
             module = None if module is None else module._modules.get(name)
-        if module is not None and (plain(module, Linear) or plain(module, PointwiseConv2d)):
+        kind: Any = type(module)
+        if kind in _FORWARDS and plain(module, kind) and kind.forward is _FORWARDS[kind]:
             found += [p for p in module._parameters.values() if p is not None]
     return found
 

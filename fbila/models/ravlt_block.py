@@ -29,6 +29,9 @@ from ..ops.rotary import rotate
 from .casting import casting, paths
 from .stages import over_grid, with_conv
 
+# What both layers compute by, as long as nobody has put anything else in its place.
+_FORWARD = GatedPictureAttention.forward
+
 # FX cannot follow what it does with sizes.
 register_notrace_module(RALA)
 
@@ -170,7 +173,7 @@ class RAVLTBlock(nn.Module):
 
 def _attended(attn: Any, x: Tensor, rotary: Rotary) -> Tensor:
     """What attention makes of tokens, without views as a picture where it is as we know it."""
-    known = (
-        type(attn) in (RALA, SoftmaxPictureAttention) and ordinary(x) and plain(attn, type(attn))
-    )
+    kind = type(attn)
+    known = kind in (RALA, SoftmaxPictureAttention) and kind.forward is _FORWARD
+    known = known and ordinary(x) and plain(attn, kind)
     return attn.of_tokens(x, rotary) if known else over_grid(attn, x, rotary)
