@@ -152,10 +152,12 @@ class FocusedLA(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do):
+        # Asked for once, as checkpoints of activations want it.
+        inputs = ctx.saved_tensors
         # With gradients enabled, gradients of gradients are wanted, which the op refuses.
-        unseen = not torch.is_grad_enabled() and ordinary(do, *ctx.saved_tensors)
+        unseen = not torch.is_grad_enabled() and ordinary(do, *inputs)
         run = backward if unseen else torch.ops.fbila.focused_la_backward
-        gradients = run(do, *ctx.saved_tensors, *ctx.options)
+        gradients = run(do, *inputs, *ctx.options)
         wanted = zip(gradients, ctx.needs_input_grad, strict=False)
         return (*(x if needed else None for x, needed in wanted), *[None] * 4)
 

@@ -172,10 +172,12 @@ class LinearAttnState(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dstate):
+        # Asked for once, as checkpoints of activations want it.
+        inputs = ctx.saved_tensors
         # With gradients enabled, gradients of gradients are wanted, which the op refuses.
-        unseen = not torch.is_grad_enabled() and ordinary(dstate, *ctx.saved_tensors)
+        unseen = not torch.is_grad_enabled() and ordinary(dstate, *inputs)
         run = state_backward if unseen else torch.ops.fbila.linear_attn_state_backward
-        gradients = run(dstate, *ctx.saved_tensors, *ctx.options)
+        gradients = run(dstate, *inputs, *ctx.options)
         wanted = zip(gradients, ctx.needs_input_grad, strict=False)
         return (*(x if needed else None for x, needed in wanted), *[None] * 4)
 
@@ -196,9 +198,11 @@ class LinearAttnApply(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do):
-        unseen = not torch.is_grad_enabled() and ordinary(do, *ctx.saved_tensors)
+        # Asked for once, as checkpoints of activations want it.
+        inputs = ctx.saved_tensors
+        unseen = not torch.is_grad_enabled() and ordinary(do, *inputs)
         run = apply_backward if unseen else torch.ops.fbila.linear_attn_apply_backward
-        gradients = run(do, *ctx.saved_tensors, *ctx.options)
+        gradients = run(do, *inputs, *ctx.options)
         wanted = zip(gradients, ctx.needs_input_grad, strict=False)
         return (*(x if needed else None for x, needed in wanted), *[None] * 6)
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from helpers import MEAN, VARIANTS, make_qkv, run
 
+from fbila import focused_la, linear_attn_apply, linear_attn_state
+
 SUBSETS = [s for s in product([False, True], repeat=3) if any(s)]
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda x: x.name)
@@ -83,12 +85,22 @@ def test_second_derivatives_are_refused_for_a_constant_gradient(variant):
         (o.sum() + (dq**2).sum()).backward()
 
 
-def test_checkpointing_gives_the_same_gradients():
+def by_halves(q, k, v):
+    state = linear_attn_state(k, v, feature_map="elu1", impl="triton")
+    return linear_attn_apply(q, state, feature_map="elu1", impl="triton")
+
+
+def focused(q, k, v):
+    return focused_la(q, k, v, impl="triton")
+
+
+@pytest.mark.parametrize("variant", [MEAN, by_halves, focused])
+def test_checkpointing_gives_the_same_gradients(variant):
     q, k, v, do = make_qkv((1, 2, 33, 20, 16, 8), torch.float32)
-    expected = run(MEAN, q, k, v, do)
+    expected = run(variant, q, k, v, do)
 
     def checkpointed(*tensors):
-        return torch.utils.checkpoint.checkpoint(MEAN, *tensors, use_reentrant=False)
+        return torch.utils.checkpoint.checkpoint(variant, *tensors, use_reentrant=False)
 
     for x, y in zip(run(checkpointed, q, k, v, do), expected, strict=True):
         assert torch.equal(x, y)
