@@ -5,7 +5,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..layers.linear import Linear
 from ..layers.plain_modules import plain
@@ -39,7 +39,7 @@ def parameters_of(block: Any) -> list[Tensor]:
     """Of those of its maps that are as they were made."""
     found: list[Tensor] = []
     for path in block.maps:
-        module: nn.Module | None = block
+        module: Any = block
         for name in path:
             module = None if module is None else module._modules.get(name)
         kind: Any = type(module)
