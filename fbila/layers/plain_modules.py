@@ -32,10 +32,13 @@ def plain(module: nn.Module, kind: type) -> bool:
 
 
 def idle(module: nn.Module, dropout: type = nn.Dropout) -> bool:
-    """Whether calling the module returns its input: an identity, or a `dropout` in evaluation."""
+    """Whether calling the module returns its input: an identity, or a `dropout` that is off."""
     if type(module) is nn.Identity:
         return plain(module, nn.Identity)
-    return not module.training and plain(module, dropout)
+    own = module.__dict__
+    # By the name that PyTorch has for it, or timm.
+    off = not own["training"] or own.get("p", own.get("drop_prob")) == 0
+    return off and plain(module, dropout)
 
 
 def is_depthwise(conv: Any, channels: int) -> bool:

@@ -1,13 +1,14 @@
-"""What a module is made of is found wherever `module.<name>` finds it."""
+"""What a module is made of is found wherever `module.<name>` finds it; which return their input."""
 
 from collections import OrderedDict
 
 import pytest
 import torch
+from timm.layers import DropPath
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fbila.layers.plain_modules import parameter
+from fbila.layers.plain_modules import idle, parameter
 
 
 class Gathering(OrderedDict):
@@ -41,3 +42,22 @@ def test_those_that_are_none():
     assert parameter(nn.Linear(2, 3, bias=False), "bias") is None
     with pytest.raises(AttributeError, match="no attribute 'gamma'"):
         parameter(nn.Linear(2, 3), "gamma")
+
+
+@pytest.mark.parametrize("kind", [nn.Dropout, DropPath])
+def test_dropout_is_off_in_evaluation_or_with_a_probability_of_0(kind):
+    dropout = kind(0.5)
+    assert not idle(dropout, kind)
+    assert idle(dropout.eval(), kind)
+    assert idle(kind(0.0), kind)
+    assert not idle(kind(0.0), nn.Dropout1d)
+    handle = dropout.register_forward_hook(lambda *_: None)
+    assert not idle(dropout, kind)
+    handle.remove()
+    assert idle(dropout, kind)
+
+
+def test_other_modules_are_not_off():
+    assert idle(nn.Identity())
+    assert not idle(nn.ReLU().eval())
+    assert not idle(nn.Dropout2d(0.0).eval())
