@@ -38,8 +38,7 @@ def bias_of(
 
     It is -100 for tokens from opposite sides of the grid, and -inf for keys that are none.
 
-    table: of the head, `((2 WH - 1) (2 WW - 1),)`, whose numbers those of the other heads are
-        between: a copy without them would take longer to launch than their cache lines to load.
+    table: of the head, `((2 WH - 1) (2 WW - 1),)`; between its numbers are those of other heads.
     """
     o_q, o_k = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
     o_n = (o_q // WW - o_k // WW + WH - 1) * (2 * WW - 1) + o_q % WW - o_k % WW + WW - 1
