@@ -164,6 +164,19 @@ class TestCasts:
         )
 
 
+def test_what_has_no_numbers_casts_its_own():
+    model = made("flatten_swin_tiny")
+    block = next(m for m in model.modules() if isinstance(m, WindowBlock))
+    x = torch.randn(2, 8, 8, block.attn.qkv.in_features)
+    with narrow():
+        expected = block(x)
+        tracer = torch.fx.Tracer()
+        tracer.is_leaf_module = lambda module, name: True
+        traced = torch.fx.GraphModule(block, tracer.trace(block))
+        assert torch.equal(traced(x), expected)
+        assert block.to("meta")(x.to("meta")).is_meta
+
+
 @pytest.mark.parametrize("how", ["checkpointed", "compiled"])
 def test_blocks_run_in_other_ways(how):
     model = made("flatten_swin_tiny")
