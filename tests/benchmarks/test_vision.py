@@ -145,6 +145,18 @@ def test_layers_get_their_own_forward_back():
         pass
 
 
+def test_what_a_compiler_sees_in_parts_has_no_time(monkeypatch):
+    def parted(self, x, *others):
+        torch._dynamo.graph_break()
+        return whole(self, x, *others)
+
+    whole = OFFICIAL[layers.RALA]
+    monkeypatch.setitem(OFFICIAL, layers.RALA, parted)
+    outcomes = measured(tiny("layers/inference/tiny_rala"))["attentions"]
+    assert "ms" in outcomes["eager"] and "ms" in outcomes["fbila"]
+    assert "Unsupported" in outcomes["compiled"]["failed"]
+
+
 @pytest.mark.parametrize("kind", ["inference", "training"])
 def test_a_mistake_has_no_time(kind, monkeypatch):
     from fbila.layers import focused
