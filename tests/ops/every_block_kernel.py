@@ -16,6 +16,7 @@ from fbila.ops.depthwise_conv_library import depthwise_conv
 from fbila.ops.gated_conv_library import gated_depthwise_conv
 from fbila.ops.gated_norm_library import gated_norm
 from fbila.ops.geglu_library import geglu
+from fbila.ops.layer_scale import add_scaled
 from fbila.ops.linear import linear
 from fbila.ops.lite_mla_library import lite_mla
 from fbila.ops.norm_library import layer_norm, layer_norm_leaky_relu
@@ -115,6 +116,11 @@ def rows(dtype: torch.dtype):
         yield f"silu_gate {D}", y
         for gradient in torch.autograd.grad(y, (x_, g), torch.ones_like(y)):
             yield f"gradients of silu_gate {D}", gradient
+        for kind in (torch.float32, dtype):
+            y = add_scaled(x_.to(kind), weight[0], g)
+            yield f"add_scaled {D} {kind}", y
+            for gradient in torch.autograd.grad(y, (x_, weight, g), torch.full_like(y, 1 / 64)):
+                yield f"gradients of add_scaled {D} {kind}", gradient
         leaves = [torch.randn(n, device="cuda").to(dtype).requires_grad_() for n in (D * D, D)]
         y = linear(x_, leaves[0].view(D, D), leaves[1], gelu=True)
         for gradient in torch.autograd.grad(y, (x_, *leaves), torch.full_like(y, 1 / 64)):

@@ -21,6 +21,7 @@ from fbila.ops import (
     geglu_library,
     group_norm_backward_library,
     group_norm_library,
+    layer_scale,
     linear,
     norm_library,
     rms_norm_library,
@@ -180,6 +181,26 @@ def calls():
     for C in (96, 384, 1000):
         yield f"column_sums {C}", partial(linear.column_sums, x.new_zeros(512, C))
     yield "gelu_backward", partial(linear.gelu_backward, x, x)
+    # As under autocast, and of one dtype.
+    for C, kinds in itertools.product(
+        (64, 512, 1000),
+        (
+            (torch.float32, torch.float32, torch.bfloat16),
+            (torch.bfloat16,) * 3,
+            (torch.float32,) * 3,
+        ),
+    ):
+        wide, scale, y = (
+            torch.zeros(shape, dtype=kind)
+            for shape, kind in zip(((512, C), (C,), (512, C)), kinds, strict=True)
+        )
+        name = f"{C} {kinds[0]} {kinds[2]}"
+        yield f"add_scaled {name}", partial(layer_scale.in_kernel, wide, scale, y)
+        for kept, given in (("all", (scale, y)), ("dy", (scale, None)), ("ds", (None, y))):
+            yield (
+                f"{kept} of gradients of add_scaled {name}",
+                partial(layer_scale.backward_in_kernel, wide, *given, *kinds[1:]),
+            )
     # Local position encodings beside values that are a part of a projection.
     for C, side, k in ((96, 56, 5), (64, 56, 3), (384, 14, 3)):
         for dtype in (torch.bfloat16, torch.float32):

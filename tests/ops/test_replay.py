@@ -6,7 +6,14 @@ import pytest
 import torch
 from helpers import CUDA, DEVICE, make_qkv
 
-from fbila.ops import depthwise_conv_library, library, norm_library, replay, silu_gate_library
+from fbila.ops import (
+    depthwise_conv_library,
+    layer_scale,
+    library,
+    norm_library,
+    replay,
+    silu_gate_library,
+)
 from fbila.ops.kernels.launch import Launch
 
 PLAIN = (False, False, False)
@@ -86,6 +93,9 @@ def passes(dtype):
                                                           [True, True, False])),
         "gate": (silu.in_kernel, (x, gate)),
         "gate backward": (silu.backward_in_kernel, (addend, x, gate)),
+        "layer scale": (layer_scale.in_kernel, (x, bias, gate)),
+        "its gradients": (layer_scale.backward_in_kernel, (x.float(), bias, gate, *[dtype] * 2)),
+        "one of them": (layer_scale.backward_in_kernel, (x, None, gate, *[dtype] * 2)),
         "inference": (library.inference, (*inputs, *options)),
         "forward": (library.forward, (*inputs, *options)),
         "backward": (library.backward, (do, *inputs, state, inverse, *options, [True, True])),
