@@ -25,6 +25,7 @@ from ..layers.pointwise_conv import PointwiseConv2d
 from ..ops import Rotary
 from ..ops.autograd import ordinary
 from ..ops.derived import derived
+from ..ops.layer_scale import add_scaled
 from ..ops.rotary import rotate
 from .casting import casting, paths
 from .stages import over_grid, with_conv
@@ -167,7 +168,7 @@ class RAVLTBlock(nn.Module):
         drop_path: Any = self._modules["drop_path"]
         scale = gamma.view(-1)
         if idle(drop_path, DropPath):
-            return torch.addcmul(x, scale, y)
+            return add_scaled(x, scale, y)
         return x + drop_path(scale * y)
 
 

@@ -1,5 +1,6 @@
 """RAVLT-T to -L hold the official weights, cost what is published, and serve as timm's do."""
 
+from copy import deepcopy
 from functools import partial
 
 import contracts
@@ -8,6 +9,8 @@ import timm
 import torch
 
 import fbila.models  # noqa: F401
+from fbila.ops import layer_scale
+from fbila.ops.autograd import ordinary
 
 # Entries of the official state dict, the digest of their names and shapes, parameters, FLOPs with
 # and without the products of attention. Published are 15M, 26M, 48M and 95M parameters, and 2.4G,
@@ -123,6 +126,20 @@ def test_traces():
 
 def test_checkpoints_gradients():
     contracts.assert_checkpoints_gradients(make(), 64, 96)
+
+
+def test_layer_scales_are_kernels_in_training(monkeypatch):
+    model, x = contracts.randomize(make()), contracts.pictures(64, 96)
+    expected = contracts.gradients(model, x)
+    run, calls = layer_scale.in_kernel, []
+    monkeypatch.setattr(layer_scale, "direct", ordinary)
+    monkeypatch.setattr(layer_scale, "in_kernel", lambda *t: calls.append(0) or run(*t))
+    for checkpointing, times in ((False, 1), (True, 2)):
+        calls.clear()
+        model.set_grad_checkpointing(checkpointing)
+        for ours, theirs in zip(contracts.gradients(deepcopy(model), x), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert len(calls) == times * 2 * sum(TINY["depths"])
 
 
 def test_low_precision():
