@@ -24,11 +24,12 @@ def casting(forward: Callable) -> Callable:
 
     @wraps(forward)
     def run(block: Any, x: Tensor, *others: Any) -> Tensor:
-        if torch.compiler.is_compiling() or not torch._C._is_any_autocast_enabled():
-            return forward(block, x, *others)
-        # What traces modules has no tensor here, and autocast does not know the meta device.
-        if type(x) is not Tensor or x.is_meta:
-            return forward(block, x, *others)
+        if not torch.compiler.is_compiling():
+            if not torch._C._is_any_autocast_enabled():
+                return forward(block, x, *others)
+            # What traces modules has no tensor here, and autocast does not know the meta device.
+            if type(x) is not Tensor or x.is_meta:
+                return forward(block, x, *others)
         with cast_together(x, parameters_of(block)):
             return forward(block, x, *others)
 

@@ -23,13 +23,16 @@ class _Casts(threading.local):
 
 
 _CASTS = _Casts()
+# Each parameter with its cast where torch.compile traces, which does not know what belongs to a
+# thread, and changes nothing but its own idea of this list.
+_TRACED: list[tuple[Tensor, Tensor]] = []
 
 
 class cast_together:
     """While it lasts, `cast_of` knows the casts of these float32 parameters for autocast's dtype.
 
-    Nothing happens outside of autocast, or where something may look on: while compiling, within
-    transforms of torch.func, for parameters of another dtype.
+    In compiled graphs Inductor makes one kernel of them. Nothing happens outside of autocast,
+    within transforms of torch.func, for parameters of another dtype.
 
     Args:
         x: What the maps are given, on their device.
@@ -40,6 +43,10 @@ class cast_together:
         self.x, self.parameters = x, parameters
 
     def __enter__(self) -> None:
+        if torch.compiler.is_compiling():
+            self.traced = list(_TRACED)
+            _TRACED.extend(_traced_casts(self.x, self.parameters))
+            return
         self.before = _CASTS.now
         dtype = autocast_dtype(self.x)
         if dtype is None or len(self.parameters) < 2 or not ordinary(self.x, *self.parameters):
@@ -51,16 +58,41 @@ class cast_together:
         _CASTS.now = {**self.before, **dict(zip(map(id, self.parameters), casts, strict=True))}
 
     def __exit__(self, *_: Any) -> None:
-        _CASTS.now = self.before
+        if torch.compiler.is_compiling():
+            _TRACED[:] = self.traced
+        else:
+            _CASTS.now = self.before
 
 
 def cast_of(x: Tensor, parameter: Any) -> Any:
     """The cast of `parameter` for autocast of x, where there is one already; else itself."""
-    # First, as compilers do not know what belongs to a thread.
-    if torch.compiler.is_compiling() or not _CASTS.now:
+    if torch.compiler.is_compiling():
+        for traced, cast in _TRACED:
+            if traced is parameter:
+                return cast
+        return parameter
+    if not _CASTS.now:
         return parameter
     cast = _CASTS.now.get(id(parameter))
     return parameter if cast is None or cast.dtype != autocast_dtype(x) else cast
+
+
+def _traced_casts(x: Tensor, parameters: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    kind = x.device.type
+    # By others that trace the list would be changed indeed.
+    if not (torch.compiler.is_dynamo_compiling() and torch.is_autocast_enabled(kind)):
+        return []
+    wanted = torch.is_grad_enabled()
+    # Gradients of frozen ones would be computed.
+    served = [
+        p
+        for p in parameters
+        if p.dtype == torch.float32 and p.device == x.device and (p.requires_grad or not wanted)
+    ]
+    if len(served) < 2:
+        return []
+    casts = _TracedCasts.apply(torch.get_autocast_dtype(kind), *served)
+    return list(zip(served, casts, strict=True))
 
 
 class _CastTogether(torch.autograd.Function):
@@ -85,3 +117,21 @@ class _CastTogether(torch.autograd.Function):
             torch._foreach_copy_(wide, given)
         each = iter(wide)
         return (None, *[None if g is None else next(each) for g in gradients])
+
+
+class _TracedCasts(torch.autograd.Function):
+    """The same for a graph, of gradients that are all there and have none of their own."""
+
+    @staticmethod
+    def forward(ctx, dtype, *parameters):
+        return _copies(parameters, dtype)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return None, *_copies(gradients, torch.float32)
+
+
+def _copies(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    empty = [torch.empty_like(t, dtype=dtype) for t in tensors]
+    # In place, the results would be leaves of their own to torch.compile of PyTorch 2.11.
+    return tuple(torch.ops.aten._foreach_copy.default(empty, list(tensors)))
