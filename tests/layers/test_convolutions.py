@@ -126,3 +126,19 @@ def test_over_tokens_calls_what_has_a_hook_or_another_forward(kind, monkeypatch)
     assert over_tokens(module, x).any()
     monkeypatch.setattr(kind, "forward", lambda self, x: 0 * x)
     assert not over_tokens(module, x).any()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="kernels")
+def test_under_autocast_what_is_added_to_a_wide_picture_is_as_exact():
+    conv = DepthwiseConv2d(16, 3, device=DEVICE)
+    exact = DepthwiseConv2d(16, 3, device=DEVICE, dtype=torch.float64)
+    exact.load_state_dict(conv.state_dict())
+    results = []
+    for module, dtype in ((conv, torch.float32), (exact, torch.float64)):
+        leaf = picture(torch.channels_last, C=16).to(dtype).requires_grad_()
+        with torch.autocast(DEVICE, torch.bfloat16):
+            y = module(leaf, residual=True)
+        assert y.dtype == dtype
+        found = [y, *torch.autograd.grad(y.sin().sum(), [leaf, *module.parameters()])]
+        results.append([t.double() for t in found])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
