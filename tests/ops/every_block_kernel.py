@@ -21,6 +21,8 @@ from fbila.ops.linear import linear
 from fbila.ops.lite_mla_library import lite_mla
 from fbila.ops.norm_library import layer_norm, layer_norm_leaky_relu
 from fbila.ops.rms_norm_library import rms_norm
+from fbila.ops.rotary import Rotary
+from fbila.ops.rotated_parts import rotated_parts
 from fbila.ops.separable_conv_library import separable_conv2d
 from fbila.ops.signed_map_library import signed_map
 from fbila.ops.silu_gate_library import silu_gate
@@ -145,6 +147,12 @@ def heads(dtype: torch.dtype):
             douts = [torch.full_like(y, 1 / 64) for y in results]
             for part in (*results, *torch.autograd.grad(results, leaves, douts)):
                 yield f"signed_map {kind} {N} {d}", part
+    for N, d in ((49, 64), (33, 20), (1, 4)):
+        whole = torch.randn(2, N, 4, 3, d, device="cuda").to(dtype).requires_grad_()
+        angles = torch.randn(N, d // 2, device="cuda")
+        parts = rotated_parts(whole, Rotary(angles.cos(), angles.sin()))
+        for part in (*parts, *torch.autograd.grad(parts, whole, [p.detach() for p in parts])):
+            yield f"rotated_parts {N} {d}", part
 
 
 def windows(dtype: torch.dtype):

@@ -25,6 +25,7 @@ from fbila.ops import (
     linear,
     norm_library,
     rms_norm_library,
+    rotated_parts,
     separable_conv_library,
     signed_map_backward_library,
     signed_map_library,
@@ -201,6 +202,17 @@ def calls():
                 f"{kept} of gradients of add_scaled {name}",
                 partial(layer_scale.backward_in_kernel, wide, *given, *kinds[1:]),
             )
+    # Of RAVLT's softmax attention at 224 and 512 px, and narrower heads.
+    for (N, heads, d), dtype in itertools.product(
+        ((196, 5, 64), (256, 8, 64), (49, 3, 32)), (torch.bfloat16, torch.float16, torch.float32)
+    ):
+        whole, tables = torch.zeros(4, N, 4, heads, d, dtype=dtype), torch.zeros(2, N, d // 2)
+        name, parts = f"rotated_parts {N} {d} {dtype}", whole[:, :, 0].clone()
+        yield name, partial(rotated_parts.in_kernel, whole, *tables)
+        yield (
+            f"gradient of {name}",
+            partial(rotated_parts.backward_in_kernel, *4 * [parts], *tables),
+        )
     # Local position encodings beside values that are a part of a projection.
     for C, side, k in ((96, 56, 5), (64, 56, 3), (384, 14, 3)):
         for dtype in (torch.bfloat16, torch.float32):

@@ -12,6 +12,7 @@ from fbila.ops import (
     library,
     norm_library,
     replay,
+    rotated_parts,
     silu_gate_library,
 )
 from fbila.ops.kernels.launch import Launch
@@ -78,6 +79,7 @@ def passes(dtype):
     x, addend, gate = (draw(2, 5, 7, 8, dtype=dtype, seed=i) for i in range(3))
     weight, bias = draw(8, 1, 3, 3, dtype=dtype, seed=3), draw(8, dtype=dtype, seed=4)
     conv, norm, silu = depthwise_conv_library, norm_library, silu_gate_library
+    tables = draw(5, 4), draw(5, 4, seed=1)
     inputs, options, do = attention(dtype)
     _, state, inverse = library.forward.__wrapped__(*inputs, *options)
     return {
@@ -96,6 +98,9 @@ def passes(dtype):
         "layer scale": (layer_scale.in_kernel, (x, bias, gate)),
         "its gradients": (layer_scale.backward_in_kernel, (x.float(), bias, gate, *[dtype] * 2)),
         "one of them": (layer_scale.backward_in_kernel, (x, None, gate, *[dtype] * 2)),
+        "parts": (rotated_parts.in_kernel, (draw(2, 5, 4, 3, 8, dtype=dtype), *tables)),
+        "gradients of parts": (rotated_parts.backward_in_kernel, (
+            *(draw(2, 5, 3, 8, dtype=dtype, seed=i) for i in range(4)), *tables)),
         "inference": (library.inference, (*inputs, *options)),
         "forward": (library.forward, (*inputs, *options)),
         "backward": (library.backward, (do, *inputs, state, inverse, *options, [True, True])),
