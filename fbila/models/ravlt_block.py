@@ -24,9 +24,8 @@ from ..layers.plain_modules import idle, plain
 from ..layers.pointwise_conv import PointwiseConv2d
 from ..ops import Rotary
 from ..ops.autograd import ordinary
-from ..ops.derived import derived
 from ..ops.layer_scale import add_scaled
-from ..ops.rotary import rotate
+from ..ops.rotated_parts import rotated_parts
 from .casting import casting, paths
 from .stages import over_grid, with_conv
 
@@ -42,10 +41,7 @@ class SoftmaxPictureAttention(GatedPictureAttention):
     """RALA's layer with softmax attention in it, `(B, C, H, W)` to the same shape."""
 
     def parts(self, whole: Tensor, rotary: Any) -> Sequence[Tensor]:
-        pair, v, gate = whole.split((2, 1, 1), 2)
-        # Contiguous, as the output is to be.
-        q, k = _rotated(pair.movedim(2, 0), rotary)
-        return q, k, v.squeeze(2), gate.squeeze(2)
+        return rotated_parts(whole, rotary)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, rotary: Any) -> Tensor:
         # Token-major, and so are the output, which lies as q does, and its gradient: pictures in
@@ -53,20 +49,6 @@ class SoftmaxPictureAttention(GatedPictureAttention):
         # the strides of q, k and v alone. Where the gradient lay otherwise than in the call which
         # made the plan, it would be misread: it has to lie as the output, whatever is around.
         return F.scaled_dot_product_attention(q, k, v)
-
-
-def _rotated(x: Tensor, rotary: Rotary) -> Sequence[Tensor]:
-    """Both of x `(2, B, N, heads, d)`, rotated in the dtype of the tables, float32 at least."""
-    cos, sin, interleaved = rotary
-    wide = x.to(cos.dtype, memory_format=torch.contiguous_format).contiguous()
-    if not (interleaved and ordinary(wide, cos, sin)):
-        # Compilers do better without complex numbers.
-        tables = Rotary(cos.unsqueeze(1), sin.unsqueeze(1), interleaved)
-        return rotate(wide, tables).to(x.dtype).unbind()
-    turns = derived(lambda: torch.complex(cos, sin).unsqueeze(1), "complex", cos, sin)
-    _, B, N, heads, d = x.shape
-    pairs = torch.view_as_complex(wide.view(2, B, N, heads, d // 2, 2)) * turns
-    return torch.view_as_real(pairs).view(x.shape).to(x.dtype).unbind()
 
 
 @register_notrace_module

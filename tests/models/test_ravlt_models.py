@@ -9,7 +9,7 @@ import timm
 import torch
 
 import fbila.models  # noqa: F401
-from fbila.ops import layer_scale
+from fbila.ops import layer_scale, rotated_parts
 from fbila.ops.autograd import ordinary
 
 # Entries of the official state dict, the digest of their names and shapes, parameters, FLOPs with
@@ -140,6 +140,22 @@ def test_layer_scales_are_kernels_in_training(monkeypatch):
         for ours, theirs in zip(contracts.gradients(deepcopy(model), x), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
         assert len(calls) == times * 2 * sum(TINY["depths"])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_queries_and_keys_are_rotated_by_kernels(training, monkeypatch):
+    model, x = contracts.randomize(make()), contracts.pictures(64, 96)
+    run = partial(contracts.gradients, model) if training else torch.inference_mode()(model.eval())
+    expected, calls = run(x), []
+    monkeypatch.setattr(rotated_parts, "direct", ordinary)
+    for name in ("in_kernel", "backward_in_kernel"):
+        kernel = getattr(rotated_parts, name)
+        monkeypatch.setattr(
+            rotated_parts, name, lambda *t, kernel=kernel: calls.append(0) or kernel(*t)
+        )
+    for ours, theirs in zip(run(x), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert len(calls) == (1 + training) * sum(TINY["depths"][2:])
 
 
 def test_low_precision():

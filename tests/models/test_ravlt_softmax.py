@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fbila.layers import over_tokens
 from fbila.models.ravlt_block import RAVLTBlock, SoftmaxPictureAttention
+from fbila.ops import rotated_parts
+from fbila.ops.autograd import ordinary
 
 
 class ChannelsFirst(SoftmaxPictureAttention):
@@ -30,9 +32,10 @@ def the_operator(*tensors):
     return torch.ops.fbila.depthwise_conv(*tensors, False, False, False)
 
 
+@pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("operator", [False, True])
 @pytest.mark.parametrize("grid", [(6, 5), (1, 7), (4, 1)])
-def test_memory_order(grid, operator, monkeypatch):
+def test_memory_order(grid, operator, kernel, monkeypatch):
     seen = {}
     attention = F.scaled_dot_product_attention
 
@@ -44,6 +47,7 @@ def test_memory_order(grid, operator, monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     if operator:
         monkeypatch.setattr(over_tokens, "depthwise_conv", the_operator)
+    monkeypatch.setattr(rotated_parts, "direct", ordinary if kernel else lambda *_: False)
     layer = SoftmaxPictureAttention(24, 3, device=DEVICE)
     x = torch.randn(2, 24, *grid, device=DEVICE).to(memory_format=torch.channels_last)
     y = layer(x.requires_grad_())
