@@ -187,17 +187,27 @@ class Lanes(NamedTuple):
     warps: int
 
     @staticmethod
-    def of(shape: tuple[int, ...], pixels: int, of_thread: int, threads: int) -> "Lanes":
-        """For grids `(B, H, W, C)`: columns of a lane, channels and number of threads."""
+    def of(
+        shape: tuple[int, ...], pixels: int, of_thread: int, threads: int, least: int
+    ) -> "Lanes":
+        """For grids `(B, H, W, C)`: columns of a lane, channels and number of threads.
+
+        least: Programs below which rows are divided into chunks of fewer than `ROWS`.
+        """
         B, H, W, C = shape
         block = block_of(C)
         strips = triton.cdiv(W, pixels)
         most = triton.next_power_of_2(B * strips * triton.cdiv(H, FEWEST_ROWS))
         lanes = max(1, min(threads * of_thread // block, most))
         programs = triton.cdiv(C, block) * triton.cdiv(B * strips, lanes)
-        chunks, rows = split_rows(H, programs, ROWS, FEWEST_ROWS, PROGRAMS)
+        chunks, rows = split_rows(H, programs, ROWS, FEWEST_ROWS, least)
         warps = max(1, lanes * block // (32 * of_thread))
         return Lanes(block, lanes, strips, chunks, rows, warps)
+
+    def programs(self, shape: tuple[int, ...]) -> int:
+        """For all lanes of such grids."""
+        B, _, _, C = shape
+        return triton.cdiv(C, self.block) * triton.cdiv(B * self.chunks * self.strips, self.lanes)
 
 
 def block_of(channels: int) -> int:
@@ -248,17 +258,17 @@ def plan_depthwise_conv(
     dtype, _, _, dtype_a, dtype_g, _ = dtypes
     assert dtype is not None
     wide = BYTES_BESIDE if dtype_a or dtype_g else BYTES[kernel_size]
-    plan = Lanes.of(shape, PIXELS, max(1, wide // dtype.itemsize), THREADS)
+    of_thread = max(1, wide // dtype.itemsize)
+    plan = Lanes.of(shape, PIXELS, of_thread, THREADS, PROGRAMS)
     strides, unit = strides_of(shape, stride, dtype.itemsize)
     strides_a, unit_a = strides_of(shape, stride_a, dtype_a.itemsize if dtype_a else 1)
     strides_g, unit_g = strides_of(shape, stride_g, dtype_g.itemsize if dtype_g else 1)
     unit_c = math.gcd(16 // dtype.itemsize, C, sets)
     # Rows above the grid are left out where all lanes begin at its top.
     above = 0 if plan.chunks == 1 else kernel_size // 2
-    programs = triton.cdiv(C, plan.block) * triton.cdiv(B * plan.chunks * plan.strips, plan.lanes)
     return Launch(
         depthwise_conv_kernel,
-        (programs, 1),
+        (plan.programs(shape), 1),
         (
             *strides, *strides_a, *strides_g, B, H, W, C // unit_c, sets // unit_c,
             int(sets == B * C), plan.strips, plan.chunks, plan.rows, above,

@@ -25,8 +25,11 @@ from .tiling import Tiling
 
 # As in `depthwise_conv.py`.
 PIXELS, BYTES, THREADS = 8, {3: 8, 5: 4}, 128
-# Two for every multiprocessor: what each of them sums has to be added up.
-PROGRAMS = 264
+# As many as run at once, two for every multiprocessor, or three of GELU's fewer channels: what each
+# of them sums has to be added up.
+PROGRAMS, PROGRAMS_GELU = 264, 396
+# The fewest rows of a chunk, of which k - 1 more are read.
+FEWEST_ROWS = 7
 
 
 @triton.jit
@@ -57,7 +60,7 @@ def depthwise_conv_sums_kernel(
     x_sample: "i64", x_row: "i64", x_column: "i64",
     d_sample: "i64", d_row: "i64", d_column: "i64",
     height: "i32", width: "i32", channels: "i32",
-    strips: "i32", chunks: "i32", rows: "i32", works: "i32", parts: "i32", of_sample: "i32",
+    strips: "i32", chunks: "i32", rows: "i32", lanes: "i32", works: "i32", parts: "i32",
     UNIT: tl.constexpr, UNIT_D: tl.constexpr, UNIT_C: tl.constexpr, GELU: tl.constexpr,
     KERNEL: tl.constexpr,
     BLOCK: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr, ACC: tl.constexpr,
@@ -72,13 +75,12 @@ def depthwise_conv_sums_kernel(
     total = ()
     for _ in tl.static_range(KERNEL * KERNEL + 1):
         total += (zero,)
-    # Of one sample, or of all of them, that a part is of.
-    own = i_p // parts * works
-    for work in range(own + i_p % parts, own + works, parts):
-        i_b = (work // of_sample).to(tl.int64)
-        lane = work % of_sample * LANES + tl.arange(0, LANES)
-        _own, first, i_s = place(lane, strips, chunks, rows)
-        there = (lane < strips * chunks)[:, None] & m_c[None, :]
+    for work in range(i_p % parts, works, parts):
+        lane = work * LANES + tl.arange(0, LANES)
+        # Of all samples, or of the one that the part is of.
+        i_b, first, i_s = place(lane, strips, chunks, rows)
+        i_b = (i_b + i_p // parts)[:, None]
+        there = (lane < lanes)[:, None] & m_c[None, :]
         o_x = (i_s * PIXELS)[:, None]
         row = first[:, None]
         end = tl.minimum(row + rows, height)
@@ -126,6 +128,14 @@ def depthwise_conv_sums_kernel(
         tl.store(p_s + j * C, tl.sum(total[j], 0), mask=m_c)
 
 
+def divided(shape: tuple[int, ...], of_thread: int, programs: int) -> Lanes:
+    """Lanes of grids `(B, H, W, C)`, as long as may be where all of them fill so many programs."""
+    plan, H = Lanes.of(shape, PIXELS, of_thread, THREADS, 1), shape[1]
+    chunks = plan.chunks * max(1, programs // plan.programs(shape))
+    rows = triton.cdiv(H, min(chunks, triton.cdiv(H, FEWEST_ROWS)))
+    return plan._replace(chunks=triton.cdiv(H, rows), rows=rows)
+
+
 @lru_cache(maxsize=1024)
 def plan_depthwise_conv_sums(
     shape: tuple[int, ...],
@@ -144,24 +154,28 @@ def plan_depthwise_conv_sums(
     B, H, W, C = shape
     dtype, dtype_d = dtypes[0], dtypes[1]
     assert dtype is not None and dtype_d is not None
+    # Samples that share their taps fill programs together.
+    groups = B if sets == B * C else 1
+    together = (B // groups, *shape[1:])
     # GELU takes registers, too.
     wide = max(dtype.itemsize, dtype_d.itemsize) * (2 if gelu else 1)
     of_thread = max(1, BYTES[kernel_size] // wide)
-    plan = Lanes.of((1, *shape[1:]), PIXELS, of_thread, THREADS)
+    programs = PROGRAMS_GELU if gelu else PROGRAMS
+    plan = divided(together, of_thread, programs // groups)
     strides, unit = strides_of(shape, stride, dtype.itemsize)
     strides_d, unit_d = strides_of(shape, stride_d, dtype_d.itemsize)
     unit_c = math.gcd(16 // max(dtype.itemsize, dtype_d.itemsize), C)
-    groups = B if sets == B * C else 1
-    of_sample = triton.cdiv(plan.strips * plan.chunks, plan.lanes)
-    works = B // groups * of_sample
+    lanes = B // groups * plan.strips * plan.chunks
+    works = triton.cdiv(lanes, plan.lanes)
     blocks = triton.cdiv(C, plan.block)
-    parts = max(1, min(works, triton.cdiv(PROGRAMS, blocks * groups)))
+    # As many for each part, if not one fewer for some.
+    parts = triton.cdiv(works, triton.cdiv(works * blocks * groups, programs))
     sums = Launch(
         depthwise_conv_sums_kernel,
         (blocks * groups * parts, 1),
         (
             *strides, *strides_d, H, W, C // unit_c,
-            plan.strips, plan.chunks, plan.rows, works, parts, of_sample,
+            plan.strips, plan.chunks, plan.rows, lanes, works, parts,
         ),
         {
             "UNIT": unit,
