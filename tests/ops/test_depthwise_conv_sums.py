@@ -1,4 +1,4 @@
-"""How gradients of a depthwise convolution's taps are divided among programs, on grids of any size."""
+"""How gradients of a depthwise convolution's taps are divided among programs, on any grid."""
 
 import pytest
 import torch
