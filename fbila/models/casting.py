@@ -10,7 +10,7 @@ from torch import Tensor
 from ..layers.linear import Linear
 from ..layers.plain_modules import plain
 from ..layers.pointwise_conv import PointwiseConv2d
-from ..ops.casts import cast_together
+from ..ops.casts import TRACED, cast_together, traced_casts
 
 # What they compute by, as long as nobody has put anything else in its place.
 _FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in (Linear, PointwiseConv2d)}
@@ -24,12 +24,23 @@ def casting(forward: Callable) -> Callable:
 
     @wraps(forward)
     def run(block: Any, x: Tensor, *others: Any) -> Tensor:
-        if not torch.compiler.is_compiling():
-            if not torch._C._is_any_autocast_enabled():
+        if torch.compiler.is_dynamo_compiling():
+            before = len(TRACED)
+            # A graph cannot end within this, and with nothing in it before it does not begin here,
+            # either, so that nothing but what is traced finds the list changed.
+            try:
+                casts = traced_casts(x, parameters_of(block))
+                if casts:
+                    TRACED.extend(casts)
                 return forward(block, x, *others)
-            # What traces modules has no tensor here, and autocast does not know the meta device.
-            if type(x) is not Tensor or x.is_meta:
-                return forward(block, x, *others)
+            finally:
+                if len(TRACED) > before:
+                    TRACED[:] = TRACED[:before]
+        if not torch._C._is_any_autocast_enabled():
+            return forward(block, x, *others)
+        # What traces modules has no tensor here, and autocast does not know the meta device.
+        if type(x) is not Tensor or x.is_meta:
+            return forward(block, x, *others)
         with cast_together(x, parameters_of(block)):
             return forward(block, x, *others)
 

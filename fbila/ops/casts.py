@@ -24,15 +24,16 @@ class _Casts(threading.local):
 
 _CASTS = _Casts()
 # Each parameter with its cast where torch.compile traces, which does not know what belongs to a
-# thread, and changes nothing but its own idea of this list.
-_TRACED: list[tuple[Tensor, Tensor]] = []
+# thread. It changes nothing but its own idea of this list, as long as that is as it was where a
+# graph ends.
+TRACED: list[tuple[Tensor, Tensor]] = []
 
 
 class cast_together:
     """While it lasts, `cast_of` knows the casts of these float32 parameters for autocast's dtype.
 
-    In compiled graphs Inductor makes one kernel of them. Nothing happens outside of autocast,
-    within transforms of torch.func, for parameters of another dtype.
+    Nothing happens outside of autocast, within transforms of torch.func, for parameters of another
+    dtype, in compiled graphs, which have `traced_casts`.
 
     Args:
         x: What the maps are given, on their device.
@@ -41,11 +42,11 @@ class cast_together:
 
     def __init__(self, x: Tensor, parameters: Sequence[Tensor]) -> None:
         self.x, self.parameters = x, parameters
+        self.before: dict[int, Tensor] | None = None
 
     def __enter__(self) -> None:
-        if torch.compiler.is_compiling():
-            self.traced = list(_TRACED)
-            _TRACED.extend(_traced_casts(self.x, self.parameters))
+        # Where a graph has ended within the block, this may be a graph of its own.
+        if torch.compiler.is_dynamo_compiling():
             return
         self.before = _CASTS.now
         dtype = autocast_dtype(self.x)
@@ -58,18 +59,16 @@ class cast_together:
         _CASTS.now = {**self.before, **dict(zip(map(id, self.parameters), casts, strict=True))}
 
     def __exit__(self, *_: Any) -> None:
-        if torch.compiler.is_compiling():
-            _TRACED[:] = self.traced
-        else:
+        if self.before is not None:
             _CASTS.now = self.before
 
 
 def cast_of(x: Tensor, parameter: Any) -> Any:
     """The cast of `parameter` for autocast of x, where there is one already; else itself."""
-    if torch.compiler.is_compiling():
-        for traced, cast in _TRACED:
-            if traced is parameter:
-                return cast
+    if torch.compiler.is_dynamo_compiling():
+        for traced, found in TRACED:
+            if traced is parameter and found.dtype == _traced_dtype(x):
+                return found
         return parameter
     if not _CASTS.now:
         return parameter
@@ -77,22 +76,51 @@ def cast_of(x: Tensor, parameter: Any) -> Any:
     return parameter if cast is None or cast.dtype != autocast_dtype(x) else cast
 
 
-def _traced_casts(x: Tensor, parameters: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    kind = x.device.type
-    # By others that trace the list would be changed indeed.
-    if not (torch.compiler.is_dynamo_compiling() and torch.is_autocast_enabled(kind)):
+def traced_casts(x: Tensor, parameters: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """What to have in `TRACED` while a block is traced; Inductor makes one kernel of them.
+
+    None within checkpoints, whose graphs may not change a list from outside of them, either.
+    """
+    dtype = _traced_dtype(x)
+    if dtype is None or not _is_free():
         return []
     wanted = torch.is_grad_enabled()
-    # Gradients of frozen ones would be computed.
-    served = [
-        p
-        for p in parameters
-        if p.dtype == torch.float32 and p.device == x.device and (p.requires_grad or not wanted)
-    ]
+    served: list[Tensor] = []
+    for p in parameters:
+        # Autograd's function takes nothing twice, such as what two maps share.
+        if p.dtype != torch.float32 or p.device != x.device or any(p is s for s in served):
+            continue
+        # Gradients of frozen ones would be computed.
+        if p.requires_grad or not wanted:
+            served.append(p)
     if len(served) < 2:
         return []
-    casts = _TracedCasts.apply(torch.get_autocast_dtype(kind), *served)
-    return list(zip(served, casts, strict=True))
+    return list(zip(served, _TracedCasts.apply(dtype, *served), strict=True))
+
+
+def _traced_dtype(x: Tensor) -> torch.dtype | None:
+    """`autocast_dtype` for those that trace."""
+    kind = x.device.type
+    # Autocast does not know the meta device.
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def _is_free() -> bool:
+    """Whether what torch.compile traces is in no function that it traces on its own.
+
+    Nor in what torch.func transforms or torch.export takes.
+    """
+    from torch._dynamo.current_scope_id import current_scope_id
+
+    if torch.compiler.is_exporting():
+        return False
+    return current_scope_id() == 1 and torch._C._functorch.peek_interpreter_stack() is None
+
+
+# Called while it traces, not traced: `torch.compiler.assume_constant_result` without its import.
+_is_free._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _CastTogether(torch.autograd.Function):
