@@ -19,7 +19,7 @@ from .timer import GraphTimer
 def main(argv: list[str] | None = None) -> int:
     args = command.parse("benchmarks.vision", __doc__.splitlines()[0], argv)
     rows = select(TINY_ROWS if args.device == "cpu" else ROWS, args.only)
-    timers = {"models": StepTimer, "layers": GraphTimer}
+    timers = {"models": StepTimer, "graphs": StepTimer, "layers": GraphTimer}
     timers = {part: command.timer_of(args, kind) for part, kind in timers.items()}
 
     def measure(row: Row) -> dict:

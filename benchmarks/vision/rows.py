@@ -22,7 +22,8 @@ class Row:
     """A pass of a model over pictures of one size, or of a layer over grids of one size.
 
     Attributes:
-        part: "models" or "layers".
+        part: "models", "graphs", which are models whose step is replayed as a CUDA graph, or
+            "layers".
         kind: "inference" in bfloat16; "training", a step of a model under bfloat16 autocast;
             "forward+backward" of a layer in bfloat16.
         host: A name in `models.HOSTS`.
@@ -39,7 +40,7 @@ class Row:
     attentions: tuple[str, ...] = ("eager", "compiled", "fbila", "fbila compiled")
     skipped: Mapping[str, str] = field(default_factory=dict)
     goals: tuple[Goal, ...] = ()
-    # What is compiled is said by the attentions.
+    # What is compiled is said by the attentions; "graph" is replayed as a CUDA graph.
     mode: str = "each"
     dtype: str = "bfloat16"
     # A second turn would compile everything again.
@@ -77,6 +78,12 @@ def model_rows(names: Sequence[str], sides: Sequence[int], batch: int) -> list[R
     ]
 
 
+def graph_rows(names: Sequence[str], side: int, batch: int) -> list[Row]:
+    # A graph holds its memory all the time.
+    options = {"mode": "graph", "weighed": False, "goals": _faster(1.3)}
+    return [Row("graphs", "training", name, side, batch, **options) for name in names]
+
+
 def layer_rows(names: Sequence[str], batches: Mapping[int, int]) -> list[Row]:
     goals = (Goal("fbila", "eager", 1 / 2.5), Goal("fbila", "compiled", 1 / 2.5))
     # A layer is little but fbila's kernels and matrix products: there is nothing to compile.
@@ -89,12 +96,18 @@ def layer_rows(names: Sequence[str], batches: Mapping[int, int]) -> list[Row]:
     ]
 
 
-ROWS: tuple[Row, ...] = (*layer_rows(LAYERS, LAYER_BATCHES), *model_rows(MODELS, (224, 512), BATCH))
+ROWS: tuple[Row, ...] = (
+    *layer_rows(LAYERS, LAYER_BATCHES),
+    *model_rows(MODELS, (224, 512), BATCH),
+    # The size at which Python takes longer than the kernels.
+    *graph_rows(MODELS, 224, BATCH),
+)
 
 # For trying all of it out on a CPU; the numbers mean nothing.
 TINY_ROWS: tuple[Row, ...] = (
     *layer_rows([f"tiny_{name}" for name in LAYERS], {6: 2}),
     *model_rows(["tiny"], (32,), 2),
+    *graph_rows(["tiny"], 32, 2),
 )
 
 

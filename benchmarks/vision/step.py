@@ -117,4 +117,4 @@ def affine_norms(model: nn.Module) -> Iterator[None]:
 def make_step(row: Row, device: str) -> hosts.Inference:
     if row.kind == "inference":
         return Inference(row, device)
-    return (Training if row.part == "models" else ForwardBackward)(row, device)
+    return (Training if row.kind == "training" else ForwardBackward)(row, device)

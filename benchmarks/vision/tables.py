@@ -44,7 +44,7 @@ def table(records: list[dict]) -> str:
 
 
 def size(case: dict) -> str:
-    return f"{case['px']} px" if case["part"] == "models" else f"{case['px'] ** 2} tokens"
+    return f"{case['px'] ** 2} tokens" if case["part"] == "layers" else f"{case['px']} px"
 
 
 def gain(outcome: dict, outcomes: dict, reference: str, key: str = "ms") -> float | None:

@@ -21,7 +21,7 @@ from benchmarks.vision.rows import LAYERS, MODELS, ROWS, TINY_ROWS, WAYS, Row, s
 from fbila import layers
 
 # What is compiled, and the row it is compiled in.
-FEW = ("layers/inference/tiny_rala", "layers/forward+backward/tiny_focused", "models")
+FEW = ("layers/inference/tiny_rala", "layers/forward+backward/tiny_focused", "models", "graphs")
 
 
 def lighten(monkeypatch) -> None:
@@ -72,7 +72,7 @@ def test_rows_are_measured(result):
         for way, outcome in record["attentions"].items():
             assert outcome["ms"] > 0
             compared = {"eager"} if WAYS[way][1] else set()
-            if (row.kind, row.part) == ("training", "models") and WAYS[way][0] == "fbila":
+            if row.kind == "training" and WAYS[way][0] == "fbila":
                 compared.add("parameter")
             assert set(outcome["errors"]) == {"float32", "float32_bound"} | compared
 
@@ -88,6 +88,11 @@ def test_the_rows_and_their_goals():
             assert models[name, px, "inference"].goals == times
             assert models[name, px, "training"].goals == (*times, lighter)
             assert models[name, px, "training"].batch == 64
+    graphs = {r.host: r for r in ROWS if r.part == "graphs"}
+    assert graphs.keys() == set(MODELS)
+    for row in graphs.values():
+        assert (row.kind, row.px, row.mode, row.weighed) == ("training", 224, "graph", False)
+        assert row.goals == times
     alone = {(r.host, r.px, r.kind): r for r in ROWS if r.part == "layers"}
     assert len(alone) == 4 * len(LAYERS)
     for row in alone.values():
@@ -244,8 +249,9 @@ def test_everything_measured_is_in_the_plot(result):
         "layers, forward+backward",
         "models, inference",
         "models, training",
+        "graphs, training",
     ]
-    assert [len(panel.containers) for panel in figure.axes] == [2, 2, 3, 3]
+    assert [len(panel.containers) for panel in figure.axes] == [2, 2, 3, 3, 3]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert {*plot.BARS, "goal"} == set(labels)
 
