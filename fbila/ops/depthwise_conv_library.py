@@ -286,7 +286,7 @@ def depthwise_conv(
     (narrow,) = cast_for_autocast(x)
     if residual and x.dtype == torch.float32:
         narrow = x
-    apart = apart or (gelu and narrow.dtype != x.dtype)
+    apart = apart or ((gelu or residual) and narrow.dtype != x.dtype)
     if apart or not x.is_cuda:
         f = F.gelu(x) if gelu else x
         y = (depthwise_conv if x.is_cuda else convolution)(f, weight, bias)
