@@ -16,7 +16,6 @@ fill a program together. See `rolling_rows.py`.
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import triton
@@ -25,6 +24,7 @@ import triton.language as tl
 from .channels import inside
 from .features import exp
 from .gated_conv import silu, silu_and_slope
+from .lanes import Lanes, strides_of
 from .launch import Launch, kernel
 from .rolling_rows import (
     add_row,
@@ -34,7 +34,6 @@ from .rolling_rows import (
     load_taps,
     pixels_of,
     place,
-    split_rows,
 )
 from .tiling import Tiling
 
@@ -42,13 +41,8 @@ from .tiling import Tiling
 # x alone, and with other tensors beside it. What is on its way to the registers bounds the speed,
 # and taps and sums take most of them.
 PIXELS, BYTES, BYTES_BESIDE = 8, {3: 4, 5: 2}, 2
-# Of a program, and the most channels of one.
-THREADS, BLOCK = 64, 128
-# The most and, for the sake of more programs, the fewest rows of a chunk, of which k - 1 more are
-# read than written.
-ROWS, FEWEST_ROWS = 64, 8
-# Enough for every multiprocessor several times.
-PROGRAMS = 1024
+# Of a program, and as many of these as fill every multiprocessor several times.
+THREADS, PROGRAMS = 64, 1024
 
 
 @triton.jit
@@ -93,7 +87,7 @@ def depthwise_conv_kernel(
     sets: "i32", of_samples: "i32", strips: "i32", chunks: "i32", rows: "i32", above: "i32",
     UNIT: tl.constexpr, UNIT_A: tl.constexpr, UNIT_G: tl.constexpr, UNIT_C: tl.constexpr,
     TURNED: tl.constexpr, RESIDUAL: tl.constexpr, GELU: tl.constexpr, END: tl.constexpr,
-    KERNEL: tl.constexpr,
+    KERNEL: tl.constexpr, TWO_AHEAD: tl.constexpr,
     BLOCK: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # Blocks of channels are fastest: programs that run together share the lines they meet in.
@@ -120,17 +114,28 @@ def depthwise_conv_kernel(
     end = tl.minimum(row + (above + rows + KERNEL // 2), height)
     p_x = x + (i_b * (x_sample * UNIT))[:, None] + o_c[None, :]
     p_x += row.to(tl.int64) * (x_row * UNIT) + column * (x_column * UNIT)
-    # The next row is on its way while one is added.
+    # The next rows are on their way while one is added.
     m_x = there & (row >= 0) & (row < end)
     ahead = load_row(p_x, x_column * UNIT, o_x, width, m_x, True, PIXELS, KERNEL)
+    later = ahead
+    if TWO_AHEAD:
+        p_later = p_x + x_row * UNIT
+        m_x = there & (row >= -1) & (row + 1 < end)
+        later = load_row(p_later, x_column * UNIT, o_x, width, m_x, True, PIXELS, KERNEL)
     for _row in range(0, above + KERNEL // 2):
         pixels = pixels_of(ahead, True, PIXELS, KERNEL, ACC)
         if GELU:
             pixels = gelu_of(pixels)
         row += 1
         p_x += x_row * UNIT
-        m_x = there & (row >= 0) & (row < end)
-        ahead = load_row(p_x, x_column * UNIT, o_x, width, m_x, True, PIXELS, KERNEL)
+        if TWO_AHEAD:
+            ahead = later
+            p_later = p_x + x_row * UNIT
+            m_x = there & (row >= -1) & (row + 1 < end)
+            later = load_row(p_later, x_column * UNIT, o_x, width, m_x, True, PIXELS, KERNEL)
+        else:
+            m_x = there & (row >= 0) & (row < end)
+            ahead = load_row(p_x, x_column * UNIT, o_x, width, m_x, True, PIXELS, KERNEL)
         _z, sums = add_row(sums, pixels, b_taps, b_0, PIXELS, KERNEL)
 
     position = first[:, None].to(tl.int64) * width + column
@@ -152,8 +157,14 @@ def depthwise_conv_kernel(
             pixels = gelu_of(pixels)
         row += 1
         p_x += x_row * UNIT
-        m_x = there & (row >= 0) & (row < end)
-        ahead = load_row(p_x, x_column * UNIT, o_x, width, m_x, True, PIXELS, KERNEL)
+        if TWO_AHEAD:
+            ahead = later
+            p_later = p_x + x_row * UNIT
+            m_x = there & (row >= -1) & (row + 1 < end)
+            later = load_row(p_later, x_column * UNIT, o_x, width, m_x, True, PIXELS, KERNEL)
+        else:
+            m_x = there & (row >= 0) & (row < end)
+            ahead = load_row(p_x, x_column * UNIT, o_x, width, m_x, True, PIXELS, KERNEL)
         beside, times = extra, factors
         m_next = there & (i + 1 < left)
         if other is not None:
@@ -174,60 +185,6 @@ def depthwise_conv_kernel(
             m_y = there & (i < left) & (o_x + j < width)
             tl.store(p_y + j * C, b_y.to(y.dtype.element_ty), mask=m_y)
         p_y += width * C
-
-
-class Lanes(NamedTuple):
-    """How grids are divided among programs: the constants and the numbers of a kernel."""
-
-    block: int
-    lanes: int
-    strips: int
-    chunks: int
-    rows: int
-    warps: int
-
-    @staticmethod
-    def of(
-        shape: tuple[int, ...], pixels: int, of_thread: int, threads: int, least: int
-    ) -> "Lanes":
-        """For grids `(B, H, W, C)`: columns of a lane, channels and number of threads.
-
-        least: Programs below which rows are divided into chunks of fewer than `ROWS`.
-        """
-        B, H, W, C = shape
-        block = block_of(C)
-        strips = triton.cdiv(W, pixels)
-        most = triton.next_power_of_2(B * strips * triton.cdiv(H, FEWEST_ROWS))
-        lanes = max(1, min(threads * of_thread // block, most))
-        programs = triton.cdiv(C, block) * triton.cdiv(B * strips, lanes)
-        chunks, rows = split_rows(H, programs, ROWS, FEWEST_ROWS, least)
-        warps = max(1, lanes * block // (32 * of_thread))
-        return Lanes(block, lanes, strips, chunks, rows, warps)
-
-    def programs(self, shape: tuple[int, ...]) -> int:
-        """For all lanes of such grids."""
-        B, _, _, C = shape
-        return triton.cdiv(C, self.block) * triton.cdiv(B * self.chunks * self.strips, self.lanes)
-
-
-def block_of(channels: int) -> int:
-    """Channels of a program: as many as leave none of them idle, if that is not very few."""
-    block = min(BLOCK, triton.next_power_of_2(channels))
-    while block > 32 and channels % block:
-        block //= 2
-    return block
-
-
-def strides_of(
-    shape: tuple[int, ...], stride: tuple[int, ...] | None, itemsize: int
-) -> tuple[list[int], int]:
-    """Of samples, rows and columns, in units of so many elements, at most 16 bytes of them."""
-    if stride is None:
-        return [0, 0, 0], 1
-    # An axis of length 1 may have any stride; it is never stepped along.
-    steps = [s if n > 1 else 0 for s, n in zip(stride[:3], shape[:3], strict=True)]
-    unit = math.gcd(16 // itemsize, *steps)
-    return [s // unit for s in steps], unit
 
 
 @lru_cache(maxsize=1024)
@@ -264,6 +221,9 @@ def plan_depthwise_conv(
     strides_a, unit_a = strides_of(shape, stride_a, dtype_a.itemsize if dtype_a else 1)
     strides_g, unit_g = strides_of(shape, stride_g, dtype_g.itemsize if dtype_g else 1)
     unit_c = math.gcd(16 // dtype.itemsize, C, sets)
+    # Where a row takes long enough that the registers for another one are worth it.
+    alone = dtype_a is None and dtype_g is None
+    two_ahead = alone and dtype.itemsize == 2 and (kernel_size == 5 or gelu)
     # Rows above the grid are left out where all lanes begin at its top.
     above = 0 if plan.chunks == 1 else kernel_size // 2
     return Launch(
@@ -283,6 +243,7 @@ def plan_depthwise_conv(
             "GELU": gelu,
             "END": end,
             "KERNEL": kernel_size,
+            "TWO_AHEAD": two_ahead,
             "BLOCK": plan.block,
             "LANES": plan.lanes,
             "PIXELS": PIXELS,

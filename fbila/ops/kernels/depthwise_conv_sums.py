@@ -18,7 +18,8 @@ import triton.language as tl
 
 from .add_up import plan_add_up
 from .channels import inside
-from .depthwise_conv import Lanes, gelu_of, strides_of
+from .depthwise_conv import gelu_of
+from .lanes import Lanes, strides_of
 from .launch import Launch, kernel
 from .rolling_rows import load_pixels, load_row, pixels_of, place, without_first
 from .tiling import Tiling
