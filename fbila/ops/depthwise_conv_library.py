@@ -275,7 +275,7 @@ def depthwise_conv(
     """`fbila::depthwise_conv` on a GPU, straight away where nothing stands in between.
 
     Under autocast the convolution alone is of the lower precision, as PyTorch's own, but beside a
-    wider f(x): then nothing is, as one kernel for all of it moves less than a cast does.
+    float32 f(x): then nothing is, as one kernel for all of it moves less than a cast does.
     """
     wanted = needs_gradient(x, weight, bias, addend, gate)
     # What no kernel is for: a gradient, and below f(x) of another precision than the convolution.
@@ -283,9 +283,7 @@ def depthwise_conv(
     if not apart and direct(x, weight, bias, addend, gate) and stays(x):
         run = DepthwiseConv.apply if wanted else in_kernel
         return run(x, weight, bias, addend, gate, residual, gelu, silu)
-    (narrow,) = cast_for_autocast(x)
-    if residual and x.dtype == torch.float32:
-        narrow = x
+    narrow = x if residual and x.dtype == torch.float32 else cast_for_autocast(x)[0]
     apart = apart or ((gelu or residual) and narrow.dtype != x.dtype)
     if apart or not x.is_cuda:
         f = F.gelu(x) if gelu else x
