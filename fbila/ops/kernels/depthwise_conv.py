@@ -77,6 +77,16 @@ def start_of(p, i_b, first, column, o_c, sample, row, step):
     return p + (first[:, None].to(tl.int64) * row + column * step)
 
 
+@triton.jit
+def load_below(
+    p, row_step, step, row, end, o_x, width, there,
+    BELOW: tl.constexpr, PIXELS: tl.constexpr, KERNEL: tl.constexpr,
+):  # fmt: skip
+    """What `load_row` does, of the row so many below the `row`th, which is at p, if it is read."""
+    mask = there & (row >= -BELOW) & (row + BELOW < end)
+    return load_row(p + BELOW * row_step, step, o_x, width, mask, True, PIXELS, KERNEL)
+
+
 @kernel
 def depthwise_conv_kernel(
     x, taps, bias, other, gate, y,
@@ -115,27 +125,22 @@ def depthwise_conv_kernel(
     p_x = x + (i_b * (x_sample * UNIT))[:, None] + o_c[None, :]
     p_x += row.to(tl.int64) * (x_row * UNIT) + column * (x_column * UNIT)
     # The next rows are on their way while one is added.
-    m_x = there & (row >= 0) & (row < end)
-    ahead = load_row(p_x, x_column * UNIT, o_x, width, m_x, True, PIXELS, KERNEL)
+    down, right = x_row * UNIT, x_column * UNIT
+    ahead = load_below(p_x, down, right, row, end, o_x, width, there, 0, PIXELS, KERNEL)
     later = ahead
     if TWO_AHEAD:
-        p_later = p_x + x_row * UNIT
-        m_x = there & (row >= -1) & (row + 1 < end)
-        later = load_row(p_later, x_column * UNIT, o_x, width, m_x, True, PIXELS, KERNEL)
+        later = load_below(p_x, down, right, row, end, o_x, width, there, 1, PIXELS, KERNEL)
     for _row in range(0, above + KERNEL // 2):
         pixels = pixels_of(ahead, True, PIXELS, KERNEL, ACC)
         if GELU:
             pixels = gelu_of(pixels)
         row += 1
-        p_x += x_row * UNIT
+        p_x += down
         if TWO_AHEAD:
             ahead = later
-            p_later = p_x + x_row * UNIT
-            m_x = there & (row >= -1) & (row + 1 < end)
-            later = load_row(p_later, x_column * UNIT, o_x, width, m_x, True, PIXELS, KERNEL)
+            later = load_below(p_x, down, right, row, end, o_x, width, there, 1, PIXELS, KERNEL)
         else:
-            m_x = there & (row >= 0) & (row < end)
-            ahead = load_row(p_x, x_column * UNIT, o_x, width, m_x, True, PIXELS, KERNEL)
+            ahead = load_below(p_x, down, right, row, end, o_x, width, there, 0, PIXELS, KERNEL)
         _z, sums = add_row(sums, pixels, b_taps, b_0, PIXELS, KERNEL)
 
     position = first[:, None].to(tl.int64) * width + column
@@ -156,15 +161,12 @@ def depthwise_conv_kernel(
         if GELU:
             pixels = gelu_of(pixels)
         row += 1
-        p_x += x_row * UNIT
+        p_x += down
         if TWO_AHEAD:
             ahead = later
-            p_later = p_x + x_row * UNIT
-            m_x = there & (row >= -1) & (row + 1 < end)
-            later = load_row(p_later, x_column * UNIT, o_x, width, m_x, True, PIXELS, KERNEL)
+            later = load_below(p_x, down, right, row, end, o_x, width, there, 1, PIXELS, KERNEL)
         else:
-            m_x = there & (row >= 0) & (row < end)
-            ahead = load_row(p_x, x_column * UNIT, o_x, width, m_x, True, PIXELS, KERNEL)
+            ahead = load_below(p_x, down, right, row, end, o_x, width, there, 0, PIXELS, KERNEL)
         beside, times = extra, factors
         m_next = there & (i + 1 < left)
         if other is not None:
