@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import fbila
+from fbila.ops.autograd import ordinary
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -40,6 +41,18 @@ RAILS = {
 
 def zeros(*shape, dtype=torch.float32, device=DEVICE) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def passes_made(monkeypatch, library) -> list[str]:
+    """The names of the passes that kernels of `library` make from now on, on a CPU as well."""
+    made: list[str] = []
+    for name in ("in_kernel", "backward_in_kernel"):
+        run = getattr(library, name)
+        monkeypatch.setattr(
+            library, name, lambda *t, run=run, name=name: made.append(name) or run(*t)
+        )
+    monkeypatch.setattr(library, "direct", ordinary)
+    return made
 
 
 class Variant(NamedTuple):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, LOW
+from helpers import DEVICE, DTYPES, LOW, passes_made
 
 from fbila.ops import layer_scale as library
 from fbila.ops.kernels import layer_scale as kernels
@@ -63,14 +63,7 @@ def check(leaves, dz, run=_AddScaled.apply):
 @pytest.fixture
 def launched(monkeypatch):
     """The names of the passes that kernels have made."""
-    made = []
-    for name in ("in_kernel", "backward_in_kernel"):
-        run = getattr(library, name)
-        monkeypatch.setattr(
-            library, name, lambda *t, run=run, name=name: made.append(name) or run(*t)
-        )
-    monkeypatch.setattr(library, "direct", library.ordinary)
-    return made
+    return passes_made(monkeypatch, library)
 
 
 @pytest.mark.parametrize("dtype", KINDS, ids=str)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, LOW
+from helpers import DEVICE, DTYPES, LOW, passes_made
 
 from fbila.ops import rotated_parts as library
 from fbila.ops.autograd import ordinary
@@ -87,14 +87,7 @@ def of_tables(whole, *pair):
 @pytest.fixture
 def launched(monkeypatch):
     """The names of the passes that kernels have made."""
-    made = []
-    for name in ("in_kernel", "backward_in_kernel"):
-        run = getattr(library, name)
-        monkeypatch.setattr(
-            library, name, lambda *t, run=run, name=name: made.append(name) or run(*t)
-        )
-    monkeypatch.setattr(library, "direct", ordinary)
-    return made
+    return passes_made(monkeypatch, library)
 
 
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
