@@ -5,20 +5,24 @@ import torch
 from .timing import Call
 
 
-def replayed(step: Call) -> Call:
-    """A replay of `step`, captured when it is warm, as PyTorch's notes on CUDA graphs have it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
+class Replay:
+    """A replay of `step`, captured when it is warm, as PyTorch's notes on CUDA graphs have it.
 
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return loss
+    It keeps `step`: a graph works on the memory of parameters and of an optimizer, and holds none.
+    """
 
-    return replay
+    def __init__(self, step: Call) -> None:
+        self.step = step
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = step()
+
+    def __call__(self) -> object:
+        self.graph.replay()
+        return self.loss

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nearness import precise, relative, require
-from ..replay import replayed
+from ..replay import Replay
 from ..timing import Call
 from .models import HOSTS
 from .rows import Row
@@ -150,7 +150,7 @@ class Training(Inference):
             optimizer.zero_grad()
             return loss.detach()
 
-        return replayed(step) if self.captured else step
+        return Replay(step) if self.captured else step
 
     def _loss(self, model: nn.Module, inputs: Inputs, half: bool = True) -> Tensor:
         device = next(iter(inputs.values())).device.type

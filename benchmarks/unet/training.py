@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..replay import replayed
+from ..replay import Replay
 from ..timing import Call
 from .attentions import Attentions
 from .gate import FACTOR, Gate, precise, relative, require
@@ -47,7 +47,7 @@ class Training:
             error = relative(self._gradients(name), self.exact)
             require("error of the gradients against float32", error, self.bound)
             step = self._step(name)
-            call = replayed(step) if self.captured else step
+            call = Replay(step) if self.captured else step
             yield call, {"float32": error, "float32_bound": self.bound}
 
     @contextmanager
