@@ -2,8 +2,9 @@
 
 A compiler works on one core for a minute and more, and leaves a process slower than it found it. A
 process measures its row with one way alone: it says that it is ready once that is compiled, waits
-for a line on its standard input, measures, and answers with the record. Rows are spread over all
-GPUs, but timed one at a time: the CPU is theirs in common.
+for a line on its standard input, and measures; so it does `TURNS` times, in turns with the other
+ways, and answers with the record. A machine that is slower for some seconds is so for all of them.
+Rows are spread over all GPUs, but timed one at a time: the CPU is theirs in common.
 """
 
 import json
@@ -26,6 +27,7 @@ from .timing import Call
 from .turns import record_of
 
 READY = "ready"
+TURNS = 4
 # Seconds to wait where there is too little memory; after the last the row goes without.
 PAUSES = (10, 20, 30, 0)
 # Seconds after which a process that is halted has nothing left to do on the GPU.
@@ -33,27 +35,27 @@ SETTLED = 1.0
 
 
 class WaitingTimer:
-    """A timer that measures when it is told to."""
+    """A timer that measures in turns with other processes, when it is told to."""
 
     def __init__(self, timer: Any, answers: TextIO) -> None:
         self.timer, self.answers, self.device = timer, answers, timer.device
-        self.told = False
 
     def times(self, call: Call) -> list[float]:
-        if not self.told:
-            self._wait(call)
-        return self.timer.times(call)
-
-    def _wait(self, call: Call) -> None:
         # What is new is compiled now, or captured.
         for _ in range(3):
             call()
+        times = []
+        for _ in range(TURNS):
+            self._wait()
+            times += self.timer.times(call)
+        return times
+
+    def _wait(self) -> None:
         if self.device == "cuda":
             # The others need the memory as well.
             torch.cuda.empty_cache()
         print(READY, file=self.answers)
         sys.stdin.readline()
-        self.told = True
 
     def peak_bytes(self, call: Call) -> int | None:
         return self.timer.peak_bytes(call)
@@ -113,16 +115,19 @@ class _Started:
     def __init__(self, row: Any, args: Namespace, gpu: str | None) -> None:
         self.row, self.gpu = row, gpu
         self.children = {way: _start(row, way, args, gpu) for way in row.attentions}
-        self.first: dict[str, str] = {}
+        # The last line of each.
+        self.said: dict[str, str] = {}
 
     def measure(self) -> dict:
         """The record of a row whose ways are all ready."""
+        while ready := [way for way in self.children if self.said[way].strip() == READY]:
+            for way in ready:
+                self.said[way] = _next(self.children[way])
         row = self.row
         outcomes: dict[str, dict] = {way: {"skipped": why} for way, why in row.skipped.items()}
         missing = None
         for way, child in self.children.items():
-            record = _record(child, self.first[way])
-            # Before it is gone, its memory is not free for the next.
+            record = json.loads(self.said[way] or "{}")
             reason = record.get("reason", f"its process ended with status {child.wait()}")
             outcomes[way] = record.get("attentions", {}).get(way, {"failed": reason})
             missing = missing or record.get("missing_reference")
@@ -143,15 +148,15 @@ def _first_ready(started: Iterable[_Started]) -> _Started:
     with selectors.DefaultSelector() as selector:
         for row in started:
             for way, child in row.children.items():
-                if way not in row.first:
+                if way not in row.said:
                     selector.register(child.stdout, selectors.EVENT_READ, (row, way))
         while True:
             for row in started:
-                if len(row.first) == len(row.children):
+                if len(row.said) == len(row.children):
                     return row
             for key, _ in selector.select():
                 row, way = key.data
-                row.first[way] = row.children[way].stdout.readline()
+                row.said[way] = row.children[way].stdout.readline()
                 selector.unregister(key.fileobj)
 
 
@@ -170,13 +175,11 @@ def _halted(started: Sequence[_Started]) -> Iterator[None]:
             row.send(signal.SIGCONT)
 
 
-def _record(child: Any, line: str) -> dict:
-    """What a process answers whose first line is this one."""
-    if line.strip() == READY:
-        child.stdin.write("\n")
-        child.stdin.flush()
-        line = child.stdout.readline()
-    return json.loads(line) if line else {}
+def _next(child: Any) -> str:
+    """Has a process that is ready take its turn; what it says after that."""
+    child.stdin.write("\n")
+    child.stdin.flush()
+    return child.stdout.readline()
 
 
 def _gpus(device: str) -> list[str | None]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .apart import WaitingTimer, alone, answer, measure_apart
+from .apart import TURNS, WaitingTimer, alone, answer, measure_apart
 from .machine import describe
 from .results import Results
 
@@ -23,7 +23,7 @@ def parse(name: str, description: str, argv: Sequence[str] | None) -> argparse.N
     add("--list", action="store_true", help="print the names of the rows only")
     add("--output", type=Path, metavar="JSON", help="written after each row")
     add("--resume", action="store_true", help="keep what --output has already")
-    add("--seconds", type=float, default=2.0, help="of repeats for each turn (%(default)s)")
+    add("--seconds", type=float, default=2.0, help="of repeats for each round (%(default)s)")
     add("--apart", action="store_true", help="compile all ways in processes, side by side")
     add("--processes", type=int, default=12, help="at a time, with --apart (%(default)s)")
     add("--way", help=argparse.SUPPRESS)
@@ -36,7 +36,8 @@ def parse(name: str, description: str, argv: Sequence[str] | None) -> argparse.N
 
 def timer_of(args: argparse.Namespace, kind: type) -> Any:
     """A timer of this kind with the budget that was asked for."""
-    timer = kind(args.device, args.seconds * 1e3)
+    turns = TURNS if args.way else 1
+    timer = kind(args.device, args.seconds * 1e3 / turns)
     return WaitingTimer(timer, args.answers) if args.way else timer
 
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import pytest
 
-from benchmarks import apart
+from benchmarks import apart, command
 from benchmarks.apart import measure_apart
 from benchmarks.unet.goals import Goal
 from benchmarks.unet.rows import TINY_ROWS, select
@@ -117,6 +117,52 @@ def test_rows_are_compiled_together(log):
     ]
 
 
+def test_the_ways_of_a_row_take_turns(log, monkeypatch):
+    """But for one that has failed before its first."""
+    row = replace(TINY_ROWS[0], attentions=("one", "broken", "two"), goals=())
+
+    class Patient(Child):
+        turns = 0
+
+        def __init__(self, row, way, *rest):
+            super().__init__(row, way, argparse.Namespace(slow=(row.name,)), None)
+            self.say(json.dumps({"reason": "broken"}) if way == "broken" else "ready")
+
+        def write(self, text):
+            self.log.append((self.way, text))
+            self.turns += 1
+            last = {"attentions": {self.way: {"turns": self.turns}}}
+            self.say(json.dumps(last) if self.turns == apart.TURNS else "ready")
+
+    monkeypatch.setattr(apart, "_start", Patient)
+    ((_, outcomes),) = measure_apart([row], arguments(3))
+    assert log[3:] == [("one", "\n"), ("two", "\n")] * apart.TURNS
+    taken = {"turns": apart.TURNS}
+    assert outcomes == {"one": taken, "broken": {"failed": "broken"}, "two": taken}
+
+
+def test_a_timer_waits_before_each_turn(monkeypatch):
+    """What it has measured is of all turns; nothing is new in them."""
+    answers, calls = io.StringIO(), []
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n" * apart.TURNS))
+
+    def times(call):
+        said = answers.getvalue().splitlines()
+        return [len(said), len(calls)]
+
+    timer = apart.WaitingTimer(argparse.Namespace(device="cpu", times=times), answers)
+    measured = timer.times(lambda: calls.append(0))
+    assert measured == [x for turn in range(apart.TURNS) for x in (turn + 1, 3)]
+    assert answers.getvalue() == "ready\n" * apart.TURNS and not sys.stdin.read()
+
+
+def test_the_time_for_repeats_is_that_of_all_turns():
+    args = argparse.Namespace(device="cpu", seconds=2.0, way="fbila", answers=None)
+    made = []
+    command.timer_of(args, lambda device, budget_ms: made.append(budget_ms) or args)
+    assert made == [2000 / apart.TURNS]
+
+
 def test_a_slow_row_waits_for_the_others(log):
     a, b, c = (row.name for row in three_rows())
     args = arguments(3, slow=(a,))
@@ -155,7 +201,7 @@ def test_who_is_under_way_is_ended_with_an_error(log, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(apart, "_record", fail)
+    monkeypatch.setattr(apart, "_next", fail)
     with pytest.raises(KeyboardInterrupt):
         list(measure_apart(three_rows(), arguments(2)))
     assert log[-2:] == [("SIGKILL", a), ("SIGKILL", b)]
