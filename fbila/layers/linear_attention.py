@@ -10,7 +10,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..ops import linear_attn
+from ..ops.parts import parts
 from .checks import check_attn_drop, check_heads
+from .grid import heads_of
 
 
 class LinearAttention(nn.Module):
@@ -79,8 +81,7 @@ class LinearAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mixes the tokens of `x` `(B, N, C)`."""
         # (B, N, 3 * C) -> three (B, H, N, D) views of one tensor, which the op reads in place.
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        q, k, v = (heads_of(t, self.num_heads) for t in parts(self.qkv(x), 3 * [x.shape[-1]]))
         out = linear_attn(
             self.q_norm(q),
             self.k_norm(k),

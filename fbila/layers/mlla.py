@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Rotary, linear_attn
+from ..ops.parts import parts
 from .axial_rotary import AxialRotary, axial_rotary
 from .checks import check_heads
 from .depthwise_conv import DepthwiseConv2d
@@ -86,12 +87,11 @@ class MLLALinearAttention(nn.Module):
         tables: Any = self.rope(H, W, x) if rotary is None else rotary
         own: Any = self._modules
         B, N, C = x.shape
-        heads = self.num_heads, C // self.num_heads
-        q, k = own["qk"](x).view(B, N, 2, *heads).unbind(2)
+        q, k = parts(own["qk"](x), (C, C))
         # All three are views, which the op reads in place.
         out = linear_attn(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
+            heads_of(q, self.num_heads),
+            heads_of(k, self.num_heads),
             heads_of(x, self.num_heads),
             feature_map="elu1",
             eps=1e-6,

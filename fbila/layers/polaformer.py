@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import linear_attn
+from ..ops.parts import parts
 from ..ops.signed_map_library import signed_map
 from .checks import check_attn_drop, check_even_head_dim, check_kernel_size, check_sr_ratio
 from .grid import (
@@ -128,15 +129,16 @@ class PolaLinearAttention(nn.Module):
         Raises:
             ValueError: If N is not H * W, or one of these less than `sr_ratio`.
         """
+        C = x.shape[-1]
         H, W = grid_of(x.shape[1], H, W)
         key_size = reduced_size(H, W, self.sr_ratio or 1)
         if self.sr_ratio is None:
-            q, k, v, gate = self.qkvg(x).chunk(4, -1)
+            q, k, v, gate, mixed = parts(self.qkvg(x), 4 * [C], twice=(2,))
         else:
-            q, gate = self.qg(x).chunk(2, -1)
+            q, gate = parts(self.qg(x), 2 * [C])
             if self.sr_ratio > 1:
                 x = self.norm(as_tokens(self.sr(as_grid(x, H, W))))
-            k, v = self.kv(x).chunk(2, -1)
+            k, v, mixed = parts(self.kv(x), 2 * [C], twice=(1,))
         positions = resize_positions(self.positional_encoding, self.key_grid, key_size)
         out = self.attend(
             heads_of(q, self.num_heads),
@@ -144,7 +146,7 @@ class PolaLinearAttention(nn.Module):
             heads_of(v, self.num_heads),
             positions[0].unflatten(-1, (self.num_heads, -1)),
         )
-        return self.proj_drop(self.proj(add_local_mixing(out, self.dwc, v, H, W, gate)))
+        return self.proj_drop(self.proj(add_local_mixing(out, self.dwc, mixed, H, W, gate)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None = None) -> Tensor:
         """o, `(B, N, C)`, of q `(B, heads, N, d)`, k and v `(B, heads, M, d)`.

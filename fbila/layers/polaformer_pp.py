@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Rotary, linear_attn
+from ..ops.parts import parts
 from ..ops.signed_map_library import signed_map
 from .axial_rotary import AxialRotary
 from .checks import check_even_head_dim
@@ -99,11 +100,11 @@ class PolaPPAttention(nn.Module):
         H, W = grid_of(x.shape[1], H, W)
         if rotary is None and self.rope is not None:
             rotary = self.rope(H, W, x)
-        q, k, v, gate = self.qkvg(x).chunk(4, -1)
+        q, k, v, gate, mixed = parts(self.qkvg(x), 4 * [x.shape[-1]], twice=(2,))
         heads = self.num_heads
         out = self.attend(heads_of(q, heads), heads_of(k, heads), heads_of(v, heads), rotary)
-        v, out, gate = (as_grid(part, H, W) for part in (v, out, gate))
-        return self.proj(as_tokens(self.lepe(v, out, gate)))
+        mixed, out, gate = (as_grid(part, H, W) for part in (mixed, out, gate))
+        return self.proj(as_tokens(self.lepe(mixed, out, gate)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rotary: Any) -> Tensor:
         """o, `(B, N, C)`, of q, k and v `(B, heads, N, d)`."""

@@ -14,6 +14,7 @@ https://arxiv.org/abs/2407.18559; YuHengsss/VSSD.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ..ops import simple_la
 from ..ops.autograd import direct
 from ..ops.gated_norm_library import gated_norm
 from ..ops.linear import linear
+from ..ops.parts import parts
 from .checks import check_heads, check_kernel_size
 from .depthwise_conv import DepthwiseConv2d
 from .grid import as_grid, as_tokens, grid_of, heads_of
@@ -117,12 +119,13 @@ class NonCausalSSD(nn.Module):
         H, W = grid_of(x.shape[1], H, W)
         z, u, dt = self.project(x)
         u = as_tokens(self.conv2d(as_grid(u, H, W), silu=True))
-        v, k, q = u.split((self.d_inner, self.d_state, self.d_state), -1)
-        v = heads_of(v, self.num_heads)
+        sizes = self.d_inner, self.d_state, self.d_state
+        v, k, q, skipped = parts(u, sizes, twice=(0,))
+        v, skipped = (heads_of(t, self.num_heads) for t in (v, skipped))
         # One q and one k for all heads: a stride of 0, which the op reads in place.
         q, k = (t[:, None].expand(-1, self.num_heads, -1, -1) for t in (q, k))
         out = simple_la(q, k, v, scale=1.0, key_weight=self.weights(dt))
-        return self.out_proj(self.gated(out, v, z))
+        return self.out_proj(self.gated(out, skipped, z))
 
     def gated(self, out: Tensor, v: Tensor, z: Tensor) -> Tensor:
         """LayerNorm(out + D v) * z `(B, N, d_inner)`, for `out_proj` to read.
@@ -137,7 +140,7 @@ class NonCausalSSD(nn.Module):
         out = torch.addcmul(out, self.D[:, None, None], v)
         return norm(out.transpose(1, 2).flatten(2)) * z
 
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor) -> Sequence[Tensor]:
         """z, u and dt of x, views of one product, whose rows are multiples of 16 bytes.
 
         Those of `in_proj` itself need not be: with 2 heads they have two numbers too many for that,
@@ -148,12 +151,12 @@ class NonCausalSSD(nn.Module):
         # Of weights of a kind of their own, such as quantised ones, there may be no padding.
         padded = plain(self.in_proj, Linear) and type(self.in_proj.weight) in _WEIGHTS
         if not more or not padded:
-            return self.in_proj(x).split(sizes, -1)
+            return parts(self.in_proj(x), sizes)
         bias = self.in_proj.bias
         weight = F.pad(self.in_proj.weight, (0, 0, 0, more))
         y = linear(x, weight, None if bias is None else F.pad(bias, (0, more)))
         # Split at once: of a part of it the gradient would have to be copied.
-        return y.split((*sizes, more), -1)[:3]
+        return parts(y, (*sizes, more))[:3]
 
     def weights(self, dt: Tensor) -> Tensor:
         """w `(B, heads, N)`, in float32 at least, of dt `(B, N, heads)`."""

@@ -11,6 +11,7 @@ import torch
 from . import library
 from .inlining import inline
 from .library import LIBRARY
+from .places import gradients_in, places
 
 _ORDINARY = {torch.Tensor, torch.nn.Parameter}
 # By names of their own, which are found sooner: a step asks hundreds of times.
@@ -111,9 +112,10 @@ class LinearAttn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, key_weight, key_mask, count, table, cu_seqlens, *options):
-        ctx.options = options
+        ctx.options, ctx.places = options, None
         inputs = (q, k, v, key_weight, key_mask, count, table, cu_seqlens)
         if ordinary(q, k, v):
+            ctx.places = places(q, k, v)
             o, state, inverse = library.forward(*inputs, *options)
         else:
             with torch._C._AutoDispatchBelowAutograd():
@@ -127,8 +129,14 @@ class LinearAttn(torch.autograd.Function):
         need_q, need_k, need_v, need_w = ctx.needs_input_grad[:4]
         # With gradients enabled, gradients of gradients are wanted, which the op refuses.
         direct = not torch.is_grad_enabled() and ordinary(do, *inputs[:3])
-        run = library.backward if direct else torch.ops.fbila.linear_attn_backward
-        dq, dk, dv, dw = run(do, *inputs, *ctx.options, [need_q, need_k or need_v or need_w])
+        need_keys = need_k or need_v or need_w
+        arguments = (do, *inputs, *ctx.options, [need_q, need_keys])
+        if direct and need_keys and ctx.places:
+            dq, dk, dv = gradients_in(ctx.places, *inputs[:3])
+            (dw,) = library.backward_into(*arguments, dq, dk, dv)
+        else:
+            run = library.backward if direct else torch.ops.fbila.linear_attn_backward
+            dq, dk, dv, dw = run(*arguments)
         return (
             dq if need_q else None,
             dk if need_k else None,

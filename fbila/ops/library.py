@@ -174,35 +174,41 @@ def forward_of(
 
 @replayed
 def backward(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_weight: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-    count: torch.Tensor | None,
-    table: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    state: torch.Tensor,
-    inverse: torch.Tensor,
-    feature_map: str,
-    normalizer: str,
-    rotary: str,
-    scale: float,
-    eps: float,
-    needs_grad: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    do, q, k, v, key_weight, key_mask, count, table, cu_seqlens, state, inverse, feature_map,
+    normalizer, rotary, scale, eps, needs_grad,
+):  # fmt: skip
     """dq, dk, dv and dw; those that nobody needs are empty (the keys' are made together)."""
     dq, dk, dv, dw = _empty_gradients(q, k, v, key_weight, needs_grad)
+    _fill_gradients(
+        do, q, k, v, key_weight, key_mask, count, table, cu_seqlens, state, inverse, feature_map,
+        normalizer, rotary, scale, needs_grad, dq, dk, dv, dw,
+    )  # fmt: skip
+    return dq, dk, dv, dw
+
+
+@replayed
+def backward_into(do, q, k, v, key_weight, *others):
+    """`backward` of all inputs, into dq, dk and dv, which are last; dw."""
+    *others, _, needs_grad, dq, dk, dv = others
+    dw = _empty_weight_gradient(k, key_weight)
+    _fill_gradients(do, q, k, v, key_weight, *others, needs_grad, dq, dk, dv, dw)
+    return (dw,)
+
+
+def _fill_gradients(
+    do, q, k, v, key_weight, key_mask, count, table, cu_seqlens, state, inverse, feature_map,
+    normalizer, rotary, scale, needs_grad, dq, dk, dv, dw,
+):  # fmt: skip
     if do.numel() == 0 or k.shape[2] == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_(), dw.zero_()
+        for gradient in (dq, dk, dv, dw):
+            gradient.zero_()
+        return
     query, keys = _sides(key_weight, key_mask, table, cu_seqlens, rotary)
     backward_of(
         do, q, k, v, query, keys, count, state, inverse, dq, dk, dv,
         None if key_weight is None else dw,
         feature_map, normalizer, scale, needs_keys=needs_grad[1],
     )  # fmt: skip
-    return dq, dk, dv, dw
 
 
 def backward_of(
@@ -245,19 +251,16 @@ def backward_of(
         )  # fmt: skip
 
 
-def _empty_gradients(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_weight: torch.Tensor | None,
-    needs_grad: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _empty_gradients(q, k, v, key_weight, needs_grad):
     dq = empty_like_order(q, q.shape[-1])
-    none = k.new_empty((0,), dtype=sum_dtype(k))
     if not needs_grad[1]:
-        return dq, k.new_empty(0), v.new_empty(0), none
-    dw = none if key_weight is None else k.new_empty(k.shape[:3], dtype=sum_dtype(k))
-    return dq, empty_like_order(k, k.shape[-1]), empty_like_order(v, v.shape[-1]), dw
+        return dq, k.new_empty(0), v.new_empty(0), _empty_weight_gradient(k, None)
+    dk, dv = (empty_like_order(x, x.shape[-1]) for x in (k, v))
+    return dq, dk, dv, _empty_weight_gradient(k, key_weight)
+
+
+def _empty_weight_gradient(k: torch.Tensor, key_weight: torch.Tensor | None) -> torch.Tensor:
+    return k.new_empty((0,) if key_weight is None else k.shape[:3], dtype=sum_dtype(k))
 
 
 for _name, _implementation in (

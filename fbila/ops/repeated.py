@@ -11,6 +11,7 @@ import torch
 
 from . import library
 from .autograd import ordinary
+from .places import gradients_in, places
 
 if TYPE_CHECKING:
     from .kernels.backward import Backward
@@ -65,6 +66,14 @@ class Known:
             self._plan_backward(do, q, k, v, gradients)
         return tuple(gradients)
 
+    def backward_in(self, found, do, q, k, v, state, inverse) -> list[torch.Tensor]:
+        """`backward`, which writes the gradients of parts where they belong."""
+        gradients = gradients_in(found, q, k, v)
+        library.backward_into(
+            do, q, k, v, *ABSENT, state, inverse, *self.options, [True, True], *gradients
+        )
+        return gradients
+
     def _plan_forward(self, q, k, v, o) -> None:
         from .kernels.forward import Forward, ShortForward
         from .kernels.short import serves
@@ -95,7 +104,7 @@ class KnownLinearAttn(torch.autograd.Function):
     def forward(ctx, q, k, v, known):
         o, state, inverse = known.forward(q, k, v)
         ctx.save_for_backward(q, k, v, state, inverse)
-        ctx.known = known
+        ctx.known, ctx.places = known, places(q, k, v)
         return o
 
     @staticmethod
@@ -103,9 +112,11 @@ class KnownLinearAttn(torch.autograd.Function):
         q, k, v, state, inverse = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         # With gradients enabled, gradients of gradients are wanted, which the op refuses.
-        if all(needs) and not torch.is_grad_enabled() and ordinary(do, q, k, v):
-            return (*ctx.known.backward(do, q, k, v, state, inverse), None)
         direct = not torch.is_grad_enabled() and ordinary(do, q, k, v)
+        if all(needs) and direct and ctx.places:
+            return (*ctx.known.backward_in(ctx.places, do, q, k, v, state, inverse), None)
+        if all(needs) and direct:
+            return (*ctx.known.backward(do, q, k, v, state, inverse), None)
         run = library.backward if direct else torch.ops.fbila.linear_attn_backward
         gradients = run(
             do, q, k, v, *ABSENT, state, inverse, *ctx.known.options,
