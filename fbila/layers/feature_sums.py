@@ -21,7 +21,9 @@ def feature_sum(x: Tensor, feature_map: str) -> Tensor:
         return linear_attn_state(x, x[..., :0], feature_map=feature_map).key_sum
     (x,) = cast_for_autocast(x)
     options = None, None, None, feature_map, "none"
-    rows = halves_library.linear_attn_state(x, x[..., :0], *options)
+    # Of a slice of x itself the gradient would be one of zeros, to be added.
+    nothing = x.detach()[..., :0]
+    rows = halves_library.linear_attn_state(x, nothing, *options)
     return rows.view(x.shape[0], x.shape[1], x.shape[3])
 
 
