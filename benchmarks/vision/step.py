@@ -87,12 +87,12 @@ class ForwardBackward(_Ways, hosts.Inference):
         return torch.autograd.grad(y, [x, *model.parameters()], self._weight(y))
 
     def _weight(self, y: Tensor) -> Tensor:
-        """What the answer is weighed by; made at the first call."""
-        key = y.shape, y.dtype
+        """What the answer is weighed by, in its memory order; made at the first call."""
+        key = y.shape, y.stride(), y.dtype
         if key not in self._weights:
             generator = torch.Generator(y.device).manual_seed(2)
             drawn = torch.randn(y.shape, generator=generator, device=y.device)
-            self._weights[key] = drawn.to(y.dtype)
+            self._weights[key] = torch.empty_like(y).copy_(drawn)
         return self._weights[key]
 
 
