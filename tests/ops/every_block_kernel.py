@@ -19,6 +19,7 @@ from fbila.ops.geglu_library import geglu
 from fbila.ops.layer_scale import add_scaled
 from fbila.ops.linear import linear
 from fbila.ops.lite_mla_library import lite_mla
+from fbila.ops.magnitude import with_magnitude
 from fbila.ops.norm_library import layer_norm, layer_norm_leaky_relu
 from fbila.ops.rms_norm_library import rms_norm
 from fbila.ops.rotary import Rotary
@@ -153,6 +154,19 @@ def heads(dtype: torch.dtype):
         parts = rotated_parts(whole, Rotary(angles.cos(), angles.sin()))
         for part in (*parts, *torch.autograd.grad(parts, whole, [p.detach() for p in parts])):
             yield f"rotated_parts {N} {d}", part
+    # In each order of heads, tokens and channels in memory.
+    for N, d, axes in itertools.product(
+        (300, 49), (64, 20), ((0, 1, 2, 3), (0, 2, 1, 3), (0, 1, 3, 2))
+    ):
+        leaves = [
+            torch.randn([(2, 3, N, width)[axis] for axis in axes], device="cuda", dtype=dtype)
+            .permute(axes)
+            .requires_grad_()
+            for width in (d, 1, d)
+        ]
+        y = with_magnitude(*leaves, 1e-6)
+        for part in (y, *torch.autograd.grad(y, leaves, torch.full_like(y, 1 / 64))):
+            yield f"magnitude {N} {d}", part
 
 
 def windows(dtype: torch.dtype):

@@ -10,7 +10,7 @@ import re
 from functools import partial
 
 import torch
-from sm_90 import Arguments, accesses, compile_sm_90, resources
+from sm_90 import LAYOUTS, Arguments, accesses, compile_sm_90, resources
 
 from fbila.ops import (
     add_bias_library,
@@ -23,6 +23,7 @@ from fbila.ops import (
     group_norm_library,
     layer_scale,
     linear,
+    magnitude,
     norm_library,
     rms_norm_library,
     rotated_parts,
@@ -259,6 +260,7 @@ def calls():
                 partial(gated_conv_backward_library.in_kernel, dy, h, *wide, [True] * 3),
             )
     yield from signed_maps()
+    yield from magnitudes()
     yield from windows()
 
 
@@ -277,6 +279,33 @@ def windows():
             f"gradients of {name}",
             partial(window_attention_library.backward_in_kernel, y, *arguments),
         )
+
+
+def magnitudes():
+    """Of MAViT's second stage at 224 px, and of other heads, in each of three orders in memory."""
+    for (order, axes), (d, dtype) in itertools.product(
+        LAYOUTS.items(),
+        (
+            *((64, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)),
+            *((d, torch.bfloat16) for d in (32, 96)),
+        ),
+    ):
+        a, s, mean = (
+            torch.zeros([(2, 2, rows, columns)[axis] for axis in axes], dtype=kind).permute(axes)
+            for rows, columns, kind in ((784, d, dtype), (784, 1, dtype), (1, d, torch.float32))
+        )
+        name = f"magnitude {d} {order} {dtype}"
+        yield name, partial(magnitude.in_kernel, a, s, mean, 1e-6)
+        for wanted, given, needed in (
+            ("all", (a, s, mean), (True, True)),
+            ("da", (None, s, None), (True, False)),
+            ("ds", (a, None, mean), (False, False)),
+            ("dm", (None, s, None), (False, True)),
+        ):
+            yield (
+                f"{wanted} of gradients of {name}",
+                partial(magnitude.backward_in_kernel, a, *given, 1e-6, 784, *needed),
+            )
 
 
 def signed_maps():

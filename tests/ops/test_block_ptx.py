@@ -16,7 +16,7 @@ except ImportError as missing:
 
 # What has a number for every channel at every position.
 LARGE = ("x", "residual", "y", "opposite", "o", "dx", "dy", "dopposite", "v", "dv", "gate", "dgate")
-LARGE += ("qkv", "dqkv", "z", "dz", "whole", "dwhole", "q", "k", "dq", "dk")
+LARGE += ("qkv", "dqkv", "z", "dz", "whole", "dwhole", "q", "k", "dq", "dk", "a", "da")
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,7 @@ def test_all_kernels_are_seen(kernels):
         "signed_map_kernel", "signed_map_backward_kernel",
         "column_sums_kernel", "gelu_backward_kernel",
         "add_scaled_kernel", "add_scaled_backward_kernel",
+        "magnitude_kernel", "magnitude_backward_kernel",
         "rotated_parts_kernel", "rotated_parts_backward_kernel",
         "window_attention_kernel", "grad_window_attention_kernel", "grad_table_kernel",
     }  # fmt: skip
@@ -141,6 +142,14 @@ def test_programs_of_layer_scales_have_room(kernels):
     for name, kernel in found.items():
         # Four programs of 128 threads on a multiprocessor.
         assert kernel.get("registers", 0) <= 128, name
+
+
+def test_programs_of_magnitude_have_room(kernels):
+    found = {n: k for n, k in kernels.items() if n.split(": ")[1].startswith("magnitude")}
+    assert len(found) == 3 * 5 * 5
+    for name, kernel in found.items():
+        # Three programs of 128 threads on a multiprocessor.
+        assert kernel.get("registers", 0) <= 168, name
 
 
 def test_programs_of_rotated_parts_have_room(kernels):

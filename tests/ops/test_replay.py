@@ -10,6 +10,7 @@ from fbila.ops import (
     depthwise_conv_library,
     layer_scale,
     library,
+    magnitude,
     norm_library,
     replay,
     rotated_parts,
@@ -80,6 +81,7 @@ def passes(dtype):
     weight, bias = draw(8, 1, 3, 3, dtype=dtype, seed=3), draw(8, dtype=dtype, seed=4)
     conv, norm, silu = depthwise_conv_library, norm_library, silu_gate_library
     tables = draw(5, 4), draw(5, 4, seed=1)
+    dots = draw(2, 5, 7, 1, dtype=dtype), draw(2, 5, 1, 8)
     inputs, options, do = attention(dtype)
     _, state, inverse = library.forward.__wrapped__(*inputs, *options)
     return {
@@ -98,6 +100,9 @@ def passes(dtype):
         "layer scale": (layer_scale.in_kernel, (x, bias, gate)),
         "its gradients": (layer_scale.backward_in_kernel, (x.float(), bias, gate, *[dtype] * 2)),
         "one of them": (layer_scale.backward_in_kernel, (x, None, gate, *[dtype] * 2)),
+        "magnitude": (magnitude.in_kernel, (x, *dots, 1e-6)),
+        "gradients of magnitude": (magnitude.backward_in_kernel, (gate, x, *dots, 1e-6, 7, True,
+                                                                  True)),
         "parts": (rotated_parts.in_kernel, (draw(2, 5, 4, 3, 8, dtype=dtype), *tables)),
         "gradients of parts": (rotated_parts.backward_in_kernel, (
             *(draw(2, 5, 3, 8, dtype=dtype, seed=i) for i in range(4)), *tables)),
