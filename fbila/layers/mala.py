@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ..ops import linear_attn_apply, linear_attn_state
+from ..ops.magnitude import with_magnitude
 from .feature_sums import feature_dot
 from .gated_picture import GatedPictureAttention
 
@@ -55,4 +56,4 @@ class MALA(GatedPictureAttention):
         a = linear_attn_apply(q, state, feature_map="elu1", eps=EPS / self.scale, rotary=rotary)
         key_mean = state.key_sum / k.shape[2]
         z = feature_dot(q, self.scale * key_mean, "elu1").unsqueeze(-1)
-        return (1 + EPS + z) * a - z * v.mean(2, keepdim=True)
+        return with_magnitude(a, z, v, EPS)

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import passes_made
 from test_rala import SHAPES, rotate
 from vision_contracts import (
     Capture,
@@ -14,9 +15,11 @@ from vision_contracts import (
     assert_kernels_agree,
     assert_serves,
     memory_of,
+    run,
 )
 
 from fbila.layers import MALA, mala
+from fbila.ops import magnitude
 
 
 def by_hand(p: dict[str, torch.Tensor], x: torch.Tensor, *, heads: int) -> torch.Tensor:
@@ -74,6 +77,21 @@ def test_compiles():
 
 def test_kernels(monkeypatch):
     assert_kernels_agree(monkeypatch, MALA(32, 2), torch.randn(1, 32, 3, 5))
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_what_ends_it_is_a_kernel_either_way(monkeypatch, order):
+    layer, x = MALA(32, 2), torch.randn(2, 32, 3, 5).to(memory_format=order)
+    expected = run(layer, x)
+    launched = passes_made(monkeypatch, magnitude)
+    for ours, theirs in zip(run(layer, x), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert ours.stride() == theirs.stride()
+    assert launched == ["in_kernel", "backward_in_kernel"]
+    launched.clear()
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), expected[0])
+    assert launched == ["in_kernel"]
 
 
 def test_refused():
