@@ -21,6 +21,7 @@ from fbila.ops.linear import linear
 from fbila.ops.lite_mla_library import lite_mla
 from fbila.ops.magnitude import with_magnitude
 from fbila.ops.norm_library import layer_norm, layer_norm_leaky_relu
+from fbila.ops.parts import put
 from fbila.ops.rms_norm_library import rms_norm
 from fbila.ops.rotary import Rotary
 from fbila.ops.rotated_parts import rotated_parts
@@ -151,8 +152,8 @@ def heads(dtype: torch.dtype):
     for N, d in ((49, 64), (33, 20), (1, 4)):
         whole = torch.randn(2, N, 4, 3, d, device="cuda").to(dtype).requires_grad_()
         angles = torch.randn(N, d // 2, device="cuda")
-        parts = rotated_parts(whole, Rotary(angles.cos(), angles.sin()))
-        for part in (*parts, *torch.autograd.grad(parts, whole, [p.detach() for p in parts])):
+        found = rotated_parts(whole, Rotary(angles.cos(), angles.sin()))
+        for part in (*found, *torch.autograd.grad(found, whole, [p.detach() for p in found])):
             yield f"rotated_parts {N} {d}", part
     # In each order of heads, tokens and channels in memory.
     for N, d, axes in itertools.product(
@@ -167,6 +168,11 @@ def heads(dtype: torch.dtype):
         y = with_magnitude(*leaves, 1e-6)
         for part in (y, *torch.autograd.grad(y, leaves, torch.full_like(y, 1 / 64))):
             yield f"magnitude {N} {d}", part
+    for C, whole in ((96, 288), (50, 131), (2, 18)):
+        place, x, y = (torch.randn(333, width, device="cuda").to(dtype) for width in (whole, C, C))
+        for more in ((None, False), (y, False), (None, True)):
+            put(place[:, :C], x, *more)
+            yield f"put {C}", place
 
 
 def windows(dtype: torch.dtype):

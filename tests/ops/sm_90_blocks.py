@@ -25,6 +25,7 @@ from fbila.ops import (
     linear,
     magnitude,
     norm_library,
+    parts,
     rms_norm_library,
     rotated_parts,
     separable_conv_library,
@@ -208,12 +209,20 @@ def calls():
         ((196, 5, 64), (256, 8, 64), (49, 3, 32)), (torch.bfloat16, torch.float16, torch.float32)
     ):
         whole, tables = torch.zeros(4, N, 4, heads, d, dtype=dtype), torch.zeros(2, N, d // 2)
-        name, parts = f"rotated_parts {N} {d} {dtype}", whole[:, :, 0].clone()
+        name, part = f"rotated_parts {N} {d} {dtype}", whole[:, :, 0].clone()
         yield name, partial(rotated_parts.in_kernel, whole, *tables)
         yield (
             f"gradient of {name}",
-            partial(rotated_parts.backward_in_kernel, *4 * [parts], *tables),
+            partial(rotated_parts.backward_in_kernel, *4 * [part], *tables),
         )
+    # A gradient among those of three parts, and of VSSD's, which are not as wide as each other.
+    for (rows, C, whole), dtype in itertools.product(
+        ((200704, 96, 288), (200704, 128, 392)), (torch.bfloat16, torch.float16, torch.float32)
+    ):
+        place = torch.zeros(rows, whole, dtype=dtype)[:, :C]
+        x, y = torch.zeros(2, rows, C, dtype=dtype)
+        for name, more in (("put", (None, False)), ("sum", (y, False)), ("add", (None, True))):
+            yield f"{name} {C} {dtype}", partial(parts.put, place, x, *more)
     # Local position encodings beside values that are a part of a projection.
     for C, side, k in ((96, 56, 5), (64, 56, 3), (384, 14, 3)):
         for dtype in (torch.bfloat16, torch.float32):

@@ -47,7 +47,7 @@ def test_all_kernels_are_seen(kernels):
         "column_sums_kernel", "gelu_backward_kernel",
         "add_scaled_kernel", "add_scaled_backward_kernel",
         "magnitude_kernel", "magnitude_backward_kernel",
-        "rotated_parts_kernel", "rotated_parts_backward_kernel",
+        "rotated_parts_kernel", "rotated_parts_backward_kernel", "place_kernel",
         "window_attention_kernel", "grad_window_attention_kernel", "grad_table_kernel",
     }  # fmt: skip
 
