@@ -131,7 +131,11 @@ def column_sums(x: Tensor) -> Tensor:
         x = x.contiguous()
     R, C = x.shape
     launch, add_up, parts = plan_column_sums(R, C, x.stride(0) if R > 1 else C, x.dtype)
-    sums, total = x.new_empty(parts, C, dtype=sum_dtype(x)), x.new_empty(C)
+    total = x.new_empty(C)
+    if parts == 1:
+        launch(x, total)
+        return total
+    sums = x.new_empty(parts, C, dtype=sum_dtype(x))
     launch(x, sums)
     add_up(sums, None, total)
     return total

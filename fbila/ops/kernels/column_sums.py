@@ -1,7 +1,7 @@
 """Sums over the rows of a matrix, such as the gradient of a bias.
 
 x `(R, C)`, contiguous along C -> the sums of each program, `(parts, C)`, which `add_up.py` adds up
-in one order every time.
+in one order every time. Where there is one part, it may be of any dtype.
 """
 
 import math
@@ -47,7 +47,8 @@ def column_sums_kernel(
         p_x += step * (stride * UNIT)
         ahead = tl.load(p_x, mask=(o_r < rows) & m_c, other=0.0)
         total += b_x
-    tl.store(sums + i_p.to(tl.int64) * C + o_c, tl.sum(total, 0), mask=inside(o_c, width, UNIT))
+    p_s = sums + i_p.to(tl.int64) * C + o_c
+    tl.store(p_s, tl.sum(total, 0).to(sums.dtype.element_ty), mask=inside(o_c, width, UNIT))
 
 
 @lru_cache(maxsize=1024)
