@@ -3,6 +3,7 @@
 The kernels of `linear_attn` compute f where they compute phi, from two numbers that all heads of a
 token share; `kernels/focus.py` finds those before, and takes the gradient of f to that of x after.
 `columns` is 1 / softplus(scale), `(H, K)` in the type of sums; mask and total are of the keys.
+`shift`, `(M, H, K)`, is added to the keys of every item.
 """
 
 import torch
@@ -11,9 +12,12 @@ from .autograd import differentiable_by, needs_gradient, ordinary, refuse_second
 from .inlining import inline
 from .layout import empty_like_order
 from .library import LIBRARY, backward_of, empty_inverse, empty_state, forward_of
+from .linear import column_sums
 from .replay import replayed
 
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor columns, Tensor? key_mask, Tensor? total"
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor columns, Tensor? key_mask, Tensor? total, Tensor? shift"
+)
 _OPTIONS = "float power, float eps"
 LIBRARY.define(f"focused_la({_INPUTS}, {_OPTIONS}) -> Tensor")
 LIBRARY.define(
@@ -26,20 +30,22 @@ LIBRARY.define(
 
 
 @replayed
-def inference(q, k, v, columns, key_mask, total, power, eps):
+def inference(q, k, v, columns, key_mask, total, shift, power, eps):
     """o `(B, H, N, V)`."""
-    return _forward(q, k, v, columns, key_mask, total, None, power, eps)[0]
+    return _forward(q, k, v, columns, key_mask, total, shift, None, power, eps)[0]
 
 
 @replayed
-def forward(q, k, v, columns, key_mask, total, power, eps):
+def forward(q, k, v, columns, key_mask, total, shift, power, eps):
     """o, and for the backward pass the state, 1 / denominator and the rows of q and k."""
     inverse = empty_inverse(q, "mean")
-    o, state, q_rows, k_rows = _forward(q, k, v, columns, key_mask, total, inverse, power, eps)
+    o, state, q_rows, k_rows = _forward(
+        q, k, v, columns, key_mask, total, shift, inverse, power, eps
+    )
     return o, state, inverse, q_rows, k_rows
 
 
-def _forward(q, k, v, columns, key_mask, total, inverse, power, eps):
+def _forward(q, k, v, columns, key_mask, total, shift, inverse, power, eps):
     from .kernels.focus import launch_focus_rows
 
     o = empty_like_order(q, v.shape[-1])
@@ -49,8 +55,8 @@ def _forward(q, k, v, columns, key_mask, total, inverse, power, eps):
         rows = (_empty_rows(x, columns).zero_() for x in (q, k))
         return o.zero_(), empty_state(k, v, "focused").zero_(), *rows
     q_rows = launch_focus_rows(q, columns, None, power)
-    k_rows = launch_focus_rows(k, columns, key_mask, power)
-    sides = _sides(columns, key_mask, q_rows, k_rows, power)
+    k_rows = launch_focus_rows(k, columns, key_mask, power, shift)
+    sides = _sides(columns, key_mask, shift, q_rows, k_rows, power)
     state = forward_of(q, k, v, *sides, total, o, inverse, "focused", "mean", 1.0, eps)
     return o, state, q_rows, k_rows
 
@@ -59,31 +65,35 @@ def _empty_rows(x, columns):
     return columns.new_empty(x.shape[0], 3, x.shape[2])
 
 
-def _sides(columns, key_mask, q_rows, k_rows, power):
+def _sides(columns, key_mask, shift, q_rows, k_rows, power):
     from .kernels.side import Side
 
     query = Side(rows=q_rows, columns=columns, power=power)
-    return query, query._replace(rows=k_rows, mask=key_mask)
+    return query, query._replace(rows=k_rows, mask=key_mask, shift=shift)
 
 
-def backward(do, q, k, v, columns, key_mask, total, state, inverse, q_rows, k_rows, power, eps):
+def backward(
+    do, q, k, v, columns, key_mask, total, shift, state, inverse, q_rows, k_rows, power, eps
+):
     """dq, dk, dv and the gradient of columns."""
     if do.numel() == 0 or k.shape[2] == 0:
         return tuple([x.zero_() for x in _empty_gradients(q, k, v, columns)])
     dq, dk, dv, q_along, k_along = _to_features(
-        do, q, k, v, columns, key_mask, total, state, inverse, q_rows, k_rows, power
+        do, q, k, v, columns, key_mask, total, shift, state, inverse, q_rows, k_rows, power
     )
     # So far dq and dk are those of f(q) and f(k), times these.
-    of_queries = _through(q, dq, columns, q_rows, q_along.sum(1), None, power).sum(0)
-    of_keys = _through(k, dk, columns, k_rows, k_along.sum(1), key_mask, power).sum(0)
+    of_queries = _through(q, dq, columns, q_rows, q_along.sum(1), None, None, power).sum(0)
+    of_keys = _through(k, dk, columns, k_rows, k_along.sum(1), key_mask, shift, power).sum(0)
     return dq, dk, dv, of_queries + of_keys
 
 
 @replayed
-def _to_features(do, q, k, v, columns, key_mask, total, state, inverse, q_rows, k_rows, power):
+def _to_features(
+    do, q, k, v, columns, key_mask, total, shift, state, inverse, q_rows, k_rows, power
+):
     """f(q) df(q), f(k) df(k) and dv, and the sums over channels of the first two."""
     dq, dk, dv, _ = _empty_gradients(q, k, v, columns)
-    sides = _sides(columns, key_mask, q_rows, k_rows, power)
+    sides = _sides(columns, key_mask, shift, q_rows, k_rows, power)
     q_along, k_along = (columns.new_empty(x.shape[:3]) for x in (q, k))
     backward_of(
         do, q, k, v, *sides, total, state, inverse, dq, dk, dv, k_along, "focused", "mean", 1.0,
@@ -93,10 +103,10 @@ def _to_features(do, q, k, v, columns, key_mask, total, state, inverse, q_rows, 
 
 
 @replayed
-def _through(x, df, columns, rows, along, mask, power):
+def _through(x, df, columns, rows, along, mask, shift, power):
     from .kernels.grad_focus import launch_focus_gradient
 
-    return launch_focus_gradient(x, df, columns, rows, along, mask, power)
+    return launch_focus_gradient(x, df, columns, rows, along, mask, power, shift)
 
 
 def _empty_gradients(q, k, v, columns):
@@ -141,13 +151,13 @@ class FocusedLA(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        ctx.options = arguments[6:]
-        if ordinary(*arguments[:6]):
+        ctx.options = arguments[7:]
+        if ordinary(*arguments[:7]):
             o, *kept = forward(*arguments)
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 o, *kept = torch.ops.fbila.focused_la_forward(*arguments)
-        ctx.save_for_backward(*arguments[:6], *kept)
+        ctx.save_for_backward(*arguments[:7], *kept)
         return o
 
     @staticmethod
@@ -159,15 +169,27 @@ class FocusedLA(torch.autograd.Function):
         run = backward if unseen else torch.ops.fbila.focused_la_backward
         gradients = run(do, *inputs, *ctx.options)
         wanted = zip(gradients, ctx.needs_input_grad, strict=False)
-        return (*(x if needed else None for x, needed in wanted), *[None] * 4)
+        dshift = None
+        if ctx.needs_input_grad[6]:
+            dk = gradients[1].transpose(1, 2)
+            dshift = _over_items(dk) if unseen else dk.sum(0)
+        return (*(x if needed else None for x, needed in wanted), None, None, dshift, None, None)
 
 
-def focused_la(q, k, v, columns, key_mask, total, *options):
+@replayed
+def _over_items(dk):
+    """The sum of dk `(B, M, H, K)` over B, which is the gradient of the shift."""
+    if dk.numel() == 0 or not dk.is_contiguous():
+        return dk.sum(0)
+    return column_sums(dk.view(dk.shape[0], -1)).view(dk.shape[1:])
+
+
+def focused_la(q, k, v, columns, key_mask, total, shift, *options):
     """`fbila::focused_la`, straight away where nothing stands in between."""
-    inputs = (q, k, v, columns, key_mask, total)
+    inputs = (q, k, v, columns, key_mask, total, shift)
     if not ordinary(*inputs):
         return torch.ops.fbila.focused_la(*inputs, *options)
-    run = FocusedLA.apply if needs_gradient(q, k, v, columns) else inference
+    run = FocusedLA.apply if needs_gradient(q, k, v, columns, shift) else inference
     return run(*inputs, *options)
 
 

@@ -22,8 +22,11 @@ def focused_la_reference(
     scale: torch.Tensor | None,
     eps: float,
     key_mask: torch.Tensor | None = None,
+    key_positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`linear_attn` of f(q) and f(k), normalised by the mean."""
+    if key_positions is not None:
+        k = k + key_positions.to(k.dtype)
     if key_mask is not None:
         # Before f, whose gradient at NaN is NaN.
         k = k.masked_fill(~key_mask[:, None, :, None], 0)

@@ -14,12 +14,13 @@ from .checks import (
 )
 from .feature_maps import feature_dim
 from .focusing import focused_la_reference
-from .kernel_inputs import kernel_columns, kernel_keys, kernel_table
+from .kernel_inputs import kernel_columns, kernel_keys, kernel_shift, kernel_table
 from .option_checks import (
     as_rotary,
     check_cu_seqlens,
     check_focus,
     check_key_options,
+    check_key_positions,
     check_shared_rotary,
 )
 from .reference import linear_attn_reference, simple_la_reference
@@ -203,6 +204,7 @@ def focused_la(
     scale: torch.Tensor | None = None,
     eps: float = 1e-6,
     key_mask: torch.Tensor | None = None,
+    key_positions: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> torch.Tensor:
     r"""Focused linear attention: features turned towards their largest channels.
@@ -221,14 +223,16 @@ def focused_la(
             nothing is divided. It gets a gradient.
         eps: Added to the denominator; finite, not negative.
         key_mask: As in `linear_attn`.
+        key_positions: `(H, M, K)`, added to the keys of every item before f, in the dtype of k. It
+            gets a gradient. Read in place where it is a transposed `(M, H, K)`.
         impl: As in `linear_attn`.
 
     Returns:
         `(B, H, N, V)` in the dtype of q; token-major in memory where q is.
 
     Raises:
-        ValueError, TypeError: As for `linear_attn`; grouped heads; `focusing_factor` or `scale`
-            that do not fit.
+        ValueError, TypeError: As for `linear_attn`; grouped heads; `focusing_factor`, `scale` or
+            `key_positions` that do not fit.
 
     Source: Han et al., "FLatten Transformer", ICCV 2023, eq. 8 and 9; scale, eps and the norms over
     all heads as in its code.
@@ -244,12 +248,14 @@ def focused_la(
     check_tensors(q, k, v)
     check_focus(q, k, scale)
     check_key_options(k, None, key_mask)
+    check_key_positions(key_positions, k)
     if choose_implementation(impl, q.device, q.dtype) == "reference":
-        return focused_la_reference(q, k, v, focusing_factor, scale, eps, key_mask)
+        return focused_la_reference(q, k, v, focusing_factor, scale, eps, key_mask, key_positions)
     keys = kernel_keys(k, None, key_mask, count=True)
     return focused_library.focused_la(
-        q, k, v, kernel_columns(scale, q), keys.mask, keys.total, float(focusing_factor), eps
-    )
+        q, k, v, kernel_columns(scale, q), keys.mask, keys.total, kernel_shift(key_positions, k),
+        float(focusing_factor), eps,
+    )  # fmt: skip
 
 
 def _launch(

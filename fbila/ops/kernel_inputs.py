@@ -65,6 +65,13 @@ def kernel_columns(scale: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.softplus(scale.to(dtype)).reciprocal().contiguous()
 
 
+def kernel_shift(key_positions: torch.Tensor | None, k: torch.Tensor) -> torch.Tensor | None:
+    """key_positions `(H, M, K)` as tokens `(M, H, K)`, contiguous and in the dtype of k."""
+    if key_positions is None:
+        return None
+    return key_positions.transpose(0, 1).to(k.dtype).contiguous()
+
+
 def kernel_table(rotary: Rotary | None, q: torch.Tensor) -> tuple[torch.Tensor | None, str]:
     """cos and sin `(1 or H, N, K)` in the order of the channels, and the name of that order.
 

@@ -157,6 +157,22 @@ def check_focus(q: torch.Tensor, k: torch.Tensor, scale: torch.Tensor | None) ->
         )
 
 
+def check_key_positions(key_positions: torch.Tensor | None, k: torch.Tensor) -> None:
+    """`(H, M, K)` for k `(B, H, M, K)`."""
+    if key_positions is None:
+        return
+    check_dense("key_positions", key_positions)
+    check_dtype("key_positions", key_positions)
+    check_device("key_positions", key_positions, "k", k)
+    shape = tuple(k.shape[1:])
+    if tuple(key_positions.shape) != shape:
+        raise ValueError(
+            f"key_positions must have shape (heads, keys, head_dim)={shape}, got "
+            f"key_positions.shape={tuple(key_positions.shape)}. Pass a (1, keys, channels) "
+            "parameter as key_positions[0].unflatten(-1, (heads, -1)).transpose(0, 1)."
+        )
+
+
 def check_state(state: State, q: torch.Tensor, feature_map: str | None) -> None:
     """kv `(B, H, K, V)`, key_sum `(B, H, K)` and count `(B,)`; K is the number of q's features."""
     if not isinstance(state, State):

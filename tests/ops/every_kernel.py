@@ -21,6 +21,7 @@ def calls(K: int, V: int, dtype: torch.dtype):
     weight = torch.rand(2, 2, TOKENS, device="cuda", requires_grad=True)
     mask = torch.rand(2, TOKENS, device="cuda") < 0.7
     scale = torch.randn(2, K, device="cuda", requires_grad=True)
+    positions = torch.randn(2, TOKENS, K, device="cuda", requires_grad=True)
     ends = torch.tensor([0, 0, 17, 18, 400, 2 * TOKENS], device="cuda", dtype=torch.int32)
 
     def attend(**options):
@@ -47,6 +48,7 @@ def calls(K: int, V: int, dtype: torch.dtype):
     yield "packed", packed
     yield "state and apply", halves
     yield "focused", lambda q, k, v: fbila.focused_la(q, k, v, scale=scale, key_mask=mask)
+    yield "positions", lambda q, k, v: fbila.focused_la(q, k, v, key_positions=positions.to(k))
 
 
 HEAD_DIMS = {40: 40, 64: 64, 80: 80, 160: 130}

@@ -129,6 +129,10 @@ def focused(q, k, v, scale):
     return focused_la(q, k, v, scale=scale)
 
 
+def at_positions(q, k, v, scale, positions):
+    return focused_la(q, k, v, scale=scale, key_positions=positions.transpose(0, 1))
+
+
 def convolution(**options):
     """By the op, as what calls it leaves tensors on the CPU to PyTorch."""
     flags = [options.get(name, False) for name in ("residual", "gelu", "silu")]
@@ -159,6 +163,7 @@ def trainings():
     taps, bias = torch.empty(128, 1, 5, 5), torch.empty(128)
     return {
         "focused": trained(focused, q, k, v, torch.empty(8, 32)),
+        "at positions": trained(at_positions, q, k, v, torch.empty(8, 32), narrow(3136, 8, 32)),
         "long": trained(attend, q, k, v),
         "short": trained(attend, *heads(32, 49, torch.bfloat16, "cpu")),
         "simple": trained(simple_la, q, k, v),
@@ -188,11 +193,12 @@ def fused_into_sums():
     shape, stride = (2, 8, 3136, 32), (3136 * 768, 32, 768, 1)
     launch = plan_focus_rows(Axes(shape, stride), (0, 0), torch.bfloat16, 3.0)
     names = launch.kernel.arg_names
-    numbers = names[4 : len(names) - len(launch.constants)]
-    signature = {"x": "*bf16", "columns": "*fp32", "mask": "constexpr", "rows": "*fp32"}
+    numbers = names[5 : len(names) - len(launch.constants)]
+    signature = {"x": "*bf16", "columns": "*fp32", "rows": "*fp32"}
+    signature |= dict.fromkeys(("shift", "mask"), "constexpr")
     signature |= dict.fromkeys(numbers, "i32") | dict.fromkeys(launch.constants, "constexpr")
     compiled = triton.compile(
-        ASTSource(launch.kernel, signature, {"mask": None, **launch.constants}),
+        ASTSource(launch.kernel, signature, {"shift": None, "mask": None, **launch.constants}),
         target=GPUTarget("cuda", 90, 32),
         options={"num_warps": launch.options["num_warps"], "enable_fp_fusion": True},
     )

@@ -1,8 +1,8 @@
 """What becomes of the kernels on a Hopper GPU, found on any machine. A script that prints JSON.
 
-It runs `linear_attn` forward and backward in bfloat16 with launches that compile their kernel and
-do nothing else. That takes a process of its own: the tests set TRITON_INTERPRET, which Triton looks
-at when the kernels are imported.
+It runs `linear_attn`, or `focused_la`, forward and backward in bfloat16 with launches that compile
+their kernel and do nothing else. That takes a process of its own: the tests set TRITON_INTERPRET,
+which Triton looks at when the kernels are imported.
 """
 
 import inspect
@@ -90,11 +90,11 @@ class Arguments(NamedTuple):
 
 
 def launches(
-    D: int, layout: str, tokens: int, feature_map: str = "elu1", **options: Any
+    D: int, layout: str, tokens: int, feature_map: str | None = "elu1", **options: Any
 ) -> dict[str, tuple[Any, tuple[torch.Tensor | None, ...]]]:
     """The launches of both passes with their tensors, by their kernel and first tensor.
 
-    Without those that add up splits.
+    Without those that add up splits. feature_map: None for that of `focused_la`.
     """
     import fbila
     from fbila.ops import functional
@@ -107,7 +107,7 @@ def launches(
     made = {}
 
     def record(launch, *tensors):
-        if launch.kernel.__name__.startswith("sum_"):
+        if launch.kernel.__name__.startswith(("sum_", "column_sums_")):
             return
         name = f"{launch.kernel.__name__} of {inputs[tensors[0].data_ptr()]}"
         assert name not in made
@@ -116,7 +116,10 @@ def launches(
     Launch.__call__ = record
     functional.choose_implementation = lambda *_: "triton"
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    o = fbila.linear_attn(*leaves, feature_map=feature_map, **options)
+    if feature_map is None:
+        o = fbila.focused_la(*leaves, **options)
+    else:
+        o = fbila.linear_attn(*leaves, feature_map=feature_map, **options)
     torch.autograd.grad(o, leaves, do)
     return made
 
@@ -181,10 +184,11 @@ def examine(launch: Any, arguments: Arguments) -> dict[str, Any]:
     sizes = accesses(ptx, arguments.pointers)
     constants = launch.constants
     block = constants.get("BLOCK_N") or constants["BLOCK_M"]
+    width = constants.get("WIDTH") or min(constants["K"], constants["V"])
     programs = 32 * launch.options["num_warps"] * launch.grid[1]
     return {
         "tiles": {name: x for name, x in sizes.items() if arguments.signature[name] == "*bf16"},
-        "share": 2 * block * min(constants["K"], constants["V"]) // programs,
+        "share": 2 * block * width // programs,
         "products": len(PRODUCT.findall(ptx)),
         "shared": compiled.metadata.shared,
         **resources(compiled.asm["cubin"]),
@@ -201,6 +205,19 @@ def shared_with_rotary(D: int) -> dict[str, int]:
         name: compile_sm_90(launch, Arguments.of(launch, tensors)).metadata.shared
         for name, (launch, tensors) in launches(D, "token_major", 320, rotary=rotary).items()
     }
+
+
+def focused(head_dims: list[int]) -> dict[str, dict[str, Any]]:
+    """The kernels of `focused_la` with positions of the keys, whose tokens are as FLatten's."""
+    result = {}
+    for D in head_dims:
+        positions = torch.zeros(320, 3, D, dtype=torch.bfloat16, requires_grad=True)
+        found = launches(D, "token_major", 320, None, key_positions=positions.transpose(0, 1))
+        result[str(D)] = {
+            name: examine(launch, Arguments.of(launch, tensors))
+            for name, (launch, tensors) in found.items()
+        }
+    return result
 
 
 def main(head_dims: list[int]) -> None:
@@ -223,5 +240,7 @@ def main(head_dims: list[int]) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "rotary":
         print(json.dumps(shared_with_rotary(int(sys.argv[2]))))
+    elif sys.argv[1] == "focused":
+        print(json.dumps(focused([int(D) for D in sys.argv[2:]])))
     else:
         main([int(D) for D in sys.argv[1:]])

@@ -152,7 +152,11 @@ def focused(q, k, v, scale, mask):
     return focused_la(q, k, v, scale=scale, eps=1e-4, key_mask=mask, impl="triton")
 
 
-FUNCTIONS = [rotary, rotary_of_halves, weight_and_mask, packed, two_states, focused]
+def at_positions(q, k, v, positions):
+    return focused_la(q, k, v, key_positions=positions, eps=1e-4, impl="triton")
+
+
+FUNCTIONS = [rotary, rotary_of_halves, weight_and_mask, packed, two_states, focused, at_positions]
 each_function = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda x: x.__name__)
 
 
@@ -164,6 +168,7 @@ def make_call(function, N):
     mask = torch.arange(B * N, device=DEVICE).view(B, N) % 3 != 1
     weight = torch.linspace(0.1, 2, B * N, device=DEVICE).view(B, N).requires_grad_()
     scale = torch.linspace(-1, 1, 24, device=DEVICE).view(3, 8).requires_grad_()
+    positions = torch.linspace(-1, 1, 24 * N, device=DEVICE).view(N, 3, 8).requires_grad_()
     bounds = [*range(0, N, 5), N]
     tables = [angles.cos(), angles.sin()]
     others = {
@@ -173,6 +178,7 @@ def make_call(function, N):
         packed: [torch.tensor(bounds, dtype=torch.int32, device=DEVICE), mask],
         two_states: [*tables, mask],
         focused: [scale, mask],
+        at_positions: [positions.transpose(0, 1)],
     }
     return tensors, others[function]
 

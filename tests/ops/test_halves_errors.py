@@ -68,6 +68,12 @@ FOCUSED_CASES = [
     ((Q, K, V), {"scale": x(1, 1, 12)}, ValueError, "=(3, 4), got scale.shape=(1, 1, 12). Pass a "),
     ((Q, K, V), {"scale": x(3, 4, device="meta")}, ValueError, "scale.device=meta"),
     ((Q, K, V), {"key_mask": x(2, 7)}, TypeError, "got key_mask.dtype=torch.float32"),
+    ((Q, K, V), {"key_positions": 1.0}, TypeError, "key_positions must be a torch.Tensor, got flo"),
+    ((Q, K, V), {"key_positions": x(3, 7, 4).int()}, TypeError, "key_positions.dtype=torch.int32"),
+    ((Q, K, V), {"key_positions": x(3, 7, 4, device="meta")}, ValueError, "positions.device=meta"),
+    ((Q, K, V), {"key_positions": x(7, 3, 4)}, ValueError, "=(3, 7, 4), got key_positions.shape=("),
+    ((Q, K, V), {"key_positions": x(1, 7, 12)}, ValueError, "shape=(1, 7, 12). Pass a (1, keys"),
+    ((Q, K, V), {"key_positions": x(2, 3, 7, 4)}, ValueError, "positions.shape=(2, 3, 7, 4). Pa"),
     ((Q, K, V), {"impl": "cuda"}, ValueError, "'triton' or 'reference', got 'cuda'"),
     ((Q, K, V), {"feature_map": "relu"}, TypeError, "unexpected keyword argument 'feature_map'"),
 ]  # fmt: skip

@@ -104,6 +104,18 @@ TRAINING = {
         # The scale and what it becomes, and two numbers more than the inverse for a token.
         [Q, Q, Q, [8, 32], [8, 32], [2, 3, 3136], [2, 3, 3136], STATE, INVERSE],
     ),
+    # The same kernels, and the positions.
+    "at positions": (
+        [["rows"], ["rows"], *FORWARD],
+        [
+            ["dq", "dweight", "partial"],
+            ["state"],
+            ["dk", "dv", "dweight"],
+            ["df", "partial"],
+            ["df", "partial"],
+        ],
+        [Q, Q, Q, [8, 32], [8, 32], [2, 3, 3136], [2, 3, 3136], [3136, 8, 32], STATE, INVERSE],
+    ),
     "long": (FORWARD, BACKWARD, [Q, Q, Q, STATE, INVERSE]),
     "short": (
         [["o", "state", "inverse"]],

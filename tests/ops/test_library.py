@@ -220,12 +220,15 @@ def test_empty_halves(shape):
 
 
 def focused_inputs(kind, dtype, layout, shape=SHAPE):
-    """do, then q, k, v, columns, key_mask, total, power and eps."""
+    """do, then q, k, v, columns, key_mask, total, shift, power and eps."""
     q, k, v, do = tensors(dtype, layout, shape)
     B, H, _, M, K, _ = shape
     columns = 0.5 + torch.arange(float(H * K), device=DEVICE).view(H, K) / 8
-    _, mask, total = keys_of(dtype, B, H, M) if kind == "keys" else (None, None, None)
-    return do, (q, k, v, columns, mask, total, 3.0, 1e-6)
+    mask = total = shift = None
+    if kind == "keys":
+        _, mask, total = keys_of(dtype, B, H, M)
+        shift = torch.arange(float(M * H * K), device=DEVICE).view(M, H, K).cos().to(dtype)
+    return do, (q, k, v, columns, mask, total, shift, 3.0, 1e-6)
 
 
 @each_focused_case
@@ -233,19 +236,19 @@ def test_focused_la(kind, layout, dtype):
     do, arguments = focused_inputs(kind, dtype, layout)
     opcheck(OPS.focused_la.default, arguments)
     check_gradients(OPS.focused_la.default, arguments, 0, 1, 2, 3)
-    check_gradients(OPS.focused_la.default, arguments, 3)
+    check_gradients(OPS.focused_la.default, arguments, 6 if kind == "keys" else 3)
     opcheck(OPS.focused_la_forward.default, arguments)
     _, *kept = OPS.focused_la_forward(*arguments)
-    opcheck(OPS.focused_la_backward.default, (do, *arguments[:6], *kept, *arguments[6:]))
+    opcheck(OPS.focused_la_backward.default, (do, *arguments[:7], *kept, *arguments[7:]))
 
 
 @each_empty
 def test_empty_focused_la(shape):
     do, arguments = focused_inputs("keys", torch.float32, None, shape)
-    check_gradients(OPS.focused_la.default, arguments, 0, 1, 2, 3)
+    check_gradients(OPS.focused_la.default, arguments, 0, 1, 2, 3, 6)
     opcheck(OPS.focused_la_forward.default, arguments)
     _, *kept = OPS.focused_la_forward(*arguments)
-    opcheck(OPS.focused_la_backward.default, (do, *arguments[:6], *kept, *arguments[6:]))
+    opcheck(OPS.focused_la_backward.default, (do, *arguments[:7], *kept, *arguments[7:]))
 
 
 # Fakes.
@@ -322,7 +325,7 @@ def test_fakes_of_focused_la(kind, layout):
 
     def compute(do, *arguments):
         made = OPS.focused_la_forward(*arguments)
-        gradients = OPS.focused_la_backward(do, *arguments[:6], *made[1:], *arguments[6:])
+        gradients = OPS.focused_la_backward(do, *arguments[:7], *made[1:], *arguments[7:])
         return (OPS.focused_la(*arguments), *made, *gradients)
 
     assert_fakes_are_like_the_real_ones(compute, do, *arguments)

@@ -1,6 +1,6 @@
 """The kernels as they are compiled for a Hopper GPU: wide accesses, no spills, tensor cores.
 
-No GPU is needed for that; `sm_90.py` compiles what `linear_attn` launches.
+No GPU is needed for that; `sm_90.py` compiles what `linear_attn` and `focused_la` launch.
 """
 
 import json
@@ -40,6 +40,12 @@ each_kernel = pytest.mark.parametrize(
         for layout in sm_90.layouts(D)
         for feature_map in sm_90.feature_maps(D)
     ],
+)
+
+
+measured = pytest.mark.skipif(
+    not triton.__version__.startswith(SPILLS_TRITON) or not sm_90.CUOBJDUMP.exists(),
+    reason=f"spills were measured with Triton {SPILLS_TRITON}x and its own cuobjdump",
 )
 
 
@@ -109,10 +115,7 @@ def test_shared_memory_suffices_for_the_widest_heads_with_rotary():
         assert shared <= SHARED_MEMORY, name
 
 
-@pytest.mark.skipif(
-    not triton.__version__.startswith(SPILLS_TRITON) or not sm_90.CUOBJDUMP.exists(),
-    reason=f"spills were measured with Triton {SPILLS_TRITON}x and its own cuobjdump",
-)
+@measured
 @each_kernel
 def test_nothing_is_spilled_but_what_is_known(layout, D, feature_map, kernels):
     stacks = {
@@ -122,3 +125,27 @@ def test_nothing_is_spilled_but_what_is_known(layout, D, feature_map, kernels):
         assert stack <= SPILLS.get((name, D), 0), f"{name}: {stack} bytes"
     # What spills no more is to be taken off the list.
     assert [name for name, width in SPILLS if width == D and stacks[name] == 0] == []
+
+
+@pytest.fixture(scope="module")
+def focused():
+    """The kernels of `focused_la` by the width of its heads, of FLatten-Swin and -PVT."""
+    return finish(start("focused", 32, 64))
+
+
+def test_focused_kernels_move_16_bytes_at_a_time(focused):
+    for D, kernels in focused.items():
+        shifted = {name for name, kernel in kernels.items() if "shift" in kernel["tiles"]}
+        names = ("focus_rows_kernel", "state_kernel", "grad_key_kernel", "grad_focus_kernel")
+        assert shifted == {f"{name} of k" for name in names}
+        for name, kernel in kernels.items():
+            for tensor, sizes in kernel["tiles"].items():
+                assert set(sizes) == {16}, f"{name} {D}: {tensor} by {sorted(set(sizes))} bytes"
+                assert sum(sizes) >= kernel["share"], f"{name} {D}: {tensor}"
+
+
+@measured
+def test_focused_kernels_spill_nothing(focused):
+    for D, kernels in focused.items():
+        for name, kernel in kernels.items():
+            assert kernel["stack"] == 0, f"{name} {D}"

@@ -74,7 +74,12 @@ def focused(q, k, v):
     return focused_la(q, k, v, scale=scale, impl="triton")
 
 
-FUNCTIONS = [every_option, packed, halves, focused]
+def at_positions(q, k, v):
+    positions = torch.linspace(-1, 1, 48, device=k.device).view(3, 1, 16).expand(k.shape[1:])
+    return focused_la(q, k, v, key_positions=positions, impl="triton")
+
+
+FUNCTIONS = [every_option, packed, halves, focused, at_positions]
 each_function = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda x: x.__name__)
 each_sum = pytest.mark.parametrize("of", [0, 1], ids=["kv", "key_sum"])
 
@@ -148,12 +153,14 @@ def test_second_derivatives_of_other_tensors_are_refused():
     q, k, v, _ = make_qkv((2, 3, 20, 20, 16, 8), torch.float32)
     weight = torch.ones(2, 20, device=DEVICE, requires_grad=True)
     scale = torch.zeros(3, 16, device=DEVICE, requires_grad=True)
+    positions = torch.ones(3, 20, 16, device=DEVICE, requires_grad=True)
     state = linear_attn_state(k, v, **BOTH)
     state = State(*(x.detach().requires_grad_() for x in state))
     for learned, o in (
         (weight, linear_attn(q, k, v, key_weight=weight, **BOTH)),
         (weight, linear_attn_apply(q, linear_attn_state(k, v, key_weight=weight, **BOTH), **BOTH)),
         (scale, focused_la(q, k, v, scale=scale, impl="triton")),
+        (positions, focused_la(q, k, v, key_positions=positions, impl="triton")),
         (state.kv, linear_attn_apply(q, state, **BOTH)),
     ):
         (gradient,) = torch.autograd.grad((o**2).sum(), learned, create_graph=True)

@@ -55,7 +55,7 @@ class Backward:
         self.numbers = before + states * size
         self.layouts = [(x.shape, x.stride()) for x in gradients]
         self.normalize = normalize
-        nothing = [False] * 6
+        nothing = [False] * 7
         presence = [
             [True, True, True, normalize, False, *nothing[:4], True, False, True],
             [True, True],
@@ -87,5 +87,5 @@ class Backward:
         starts[0](p_q, p_do, state.data_ptr(), p_inverse, *[None] * 5, dq.data_ptr(), None, partial)
         if self.summed:
             starts[1](partial, dstate)
-        starts[-1](p_k, p_v, dstate, *[None] * 7, dk.data_ptr(), dv.data_ptr(), None)
+        starts[-1](p_k, p_v, dstate, *[None] * 8, dk.data_ptr(), dv.data_ptr(), None)
         return dq, dk, dv

@@ -18,6 +18,7 @@ import triton.language as tl
 from .launch import Launch, kernel
 from .masks import key_rows
 from .memory import Axes, Layout
+from .shift import shifted
 from .tiles import head_offset, tile_offset, token_offset
 from .tiling import Tiling
 
@@ -110,7 +111,7 @@ def apart(products, there):
 
 @kernel
 def focus_rows_kernel(
-    x, columns, mask, rows,
+    x, shift, columns, mask, rows,
     stride_xb: "i64", stride_xh: "i64", stride_xn: "i64", stride_xd: "i64",
     stride_mb: "i64", stride_mn: "i64",
     H: "i32", N: "i32", blocks: "i32",
@@ -138,8 +139,9 @@ def focus_rows_kernel(
     for i in range(0, H * CHUNKS):
         p_x = x + chunk_offset(i, stride_xh, stride_xd, CHUNKS, WIDTH, ORDER, UNIT) + o_x
         o_c, inside = chunk_channels(i, K, CHUNKS, WIDTH)
-        b_x = tl.load(p_x, mask=m_x[:, None] & inside[None, :], other=0.0).to(ACC)
-        b_x = positive(b_x) * load_factors(columns, o_c, inside, BLOCK_N, ACC)
+        m_c = m_x[:, None] & inside[None, :]
+        b_x = shifted(tl.load(p_x, mask=m_c, other=0.0), shift, o_n, o_c, H * K, m_c)
+        b_x = positive(b_x.to(ACC)) * load_factors(columns, o_c, inside, BLOCK_N, ACC)
         b_x = tl.reshape(b_x, (BLOCK_N, WIDTH // GROUP, GROUP))
         before = binade(top, False)
         top = tl.maximum(top, tl.max(b_x, 2))
@@ -220,16 +222,18 @@ def launch_focus_rows(
     columns: torch.Tensor | None,
     mask: torch.Tensor | None,
     power: float,
+    shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """t, w and ||u||^2 `(B, 3, N)` of x `(B, H, N, K)`, in the type of sums.
 
     columns: c `(H, K)`, contiguous, in that type too; None where it is 1. mask: `(B, N)` in the
     dtype of x, 0 where x is to be read as 0. power: at most 60, for the sums of squares of u^p.
+    shift: `(N, H, K)`, contiguous, in the dtype of x, which it is added to.
     """
     launch = plan_focus_rows(
         Axes(x.shape, x.stride()), (0, 0) if mask is None else mask.stride(), x.dtype, power
     )
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     rows = x.new_empty(x.shape[0], 3, x.shape[2], dtype=dtype)
-    launch(x, columns, mask, rows)
+    launch(x, shift, columns, mask, rows)
     return rows

@@ -52,7 +52,7 @@ class Forward:
 
     def _presence(self, kept: bool) -> list[list[bool]]:
         """Which tensors of each launch are there."""
-        nothing = [False] * 6
+        nothing = [False] * 7
         presence = [[True, True, *nothing, True], [True, True]]
         presence.append([True, True, True, kept and self.normalize, False, *nothing])
         return presence if self.partial else [presence[0], presence[2]]
@@ -77,11 +77,11 @@ class Forward:
         if self.partial:
             partial = q.new_empty(self.partial, dtype=self.dtype)
             p_partial = partial.data_ptr()
-            starts[0](p_k, p_v, *[None] * 6, p_partial)
+            starts[0](p_k, p_v, *[None] * 7, p_partial)
             starts[1](p_partial, p_state)
         else:
-            starts[0](p_k, p_v, *[None] * 6, p_state)
-        starts[-1](p_q, p_state, o.data_ptr(), p_inverse, *[None] * 7)
+            starts[0](p_k, p_v, *[None] * 7, p_state)
+        starts[-1](p_q, p_state, o.data_ptr(), p_inverse, *[None] * 8)
         return o, state, inverse
 
 

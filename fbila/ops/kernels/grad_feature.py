@@ -22,6 +22,7 @@ from .masks import key_rows, tile_mask, token_mask, whole_blocks
 from .memory import Axes, Layout
 from .programs import locate
 from .rotary import load_table, rotate
+from .shift import shifted_pair
 from .side import Side, SidePlan
 from .tiles import (
     column_operand,
@@ -44,7 +45,8 @@ from .tiling import Tiling
 
 @kernel
 def grad_feature_kernel(
-    x, y, state, inverse, count, weight, mask, table, rows, columns, cu, dx, dweight, partial,
+    x, y, state, inverse, count, shift, weight, mask, table, rows, columns, cu,
+    dx, dweight, partial,
     stride_xb: "i64", stride_xh: "i64", stride_xn: "i64", stride_xd: "i64",
     stride_yb: "i64", stride_yh: "i64", stride_yn: "i64", stride_yd: "i64",
     stride_gb: "i64", stride_gh: "i64", stride_gn: "i64", stride_gd: "i64",
@@ -115,6 +117,7 @@ def grad_feature_kernel(
             p_y = y + token_offset(i_n, stride_yn, ORDER_Y, UNIT)
             p_g = dx + token_offset(i_n, stride_gn, ORDER_G, UNIT)
             b_x0, b_x1 = load_channels(p_x, o_x0, o_x1, m_x, K, K0, K1, KB, FEATURE_MAP)
+            b_x0, b_x1 = shifted_pair(b_x0, b_x1, shift, i_h, o_n, m_x, H, K, K0, K1, KB)
 
             b_g0 = tl.zeros((BLOCK_N, K0), dtype=ACC)
             b_g1 = b_g0

@@ -23,6 +23,7 @@ from .focus import chunk_channels, chunk_offset, merged, positive, power, tile
 from .launch import Launch, kernel
 from .masks import key_rows
 from .memory import Axes, Layout
+from .shift import shifted
 from .tiles import head_offset, tile_offset, token_offset
 from .tiling import ENOUGH_PROGRAMS, Tiling
 
@@ -41,7 +42,7 @@ def reciprocal(x):
 
 @kernel
 def grad_focus_kernel(
-    x, df, columns, rows, along, mask, partial,
+    x, df, shift, columns, rows, along, mask, partial,
     stride_xb: "i64", stride_xh: "i64", stride_xn: "i64", stride_xd: "i64",
     stride_gb: "i64", stride_gh: "i64", stride_gn: "i64", stride_gd: "i64",
     stride_mb: "i64", stride_mn: "i64",
@@ -78,6 +79,7 @@ def grad_focus_kernel(
         m_c = m_x[:, None] & inside[None, :]
         p_g = df + token_offset(i_n, stride_gn, ORDER_G, UNIT) + o_g
         b_x = tl.load(x + token_offset(i_n, stride_xn, ORDER_X, UNIT) + o_x, mask=m_c, other=0.0)
+        b_x = shifted(b_x, shift, o_n, o_c, H * K, m_c)
         b_h = tl.load(p_g, mask=m_c, other=0.0).to(ACC)
         # With s = 0, tokens that are masked give nothing.
         b_t = tl.load(rows + o_n, mask=m_n, other=0.0)
@@ -149,14 +151,15 @@ def launch_focus_gradient(
     along: torch.Tensor,
     mask: torch.Tensor | None,
     power: float,
+    shift: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Overwrite df, the gradient of f(x) times f(x), with that of x; return that of `columns`.
 
     The latter as parts `(programs, H, K)`, which are to be added up.
 
-    rows: of `launch_focus_rows`, with the same columns, mask and power. along: `(B, N)`, contiguous
-    and in the type of rows, the sum of df over heads and channels as it is given. Tokens that are
-    masked get 0 and give nothing, whatever df and `along` hold for them.
+    rows: of `launch_focus_rows`, with the same columns, mask, power and shift. along: `(B, N)`,
+    contiguous and in the type of rows, the sum of df over heads and channels as it is given. Tokens
+    that are masked get 0 and give nothing, whatever df and `along` hold for them.
     """
     launch, programs = plan_grad_focus(
         Axes(x.shape, x.stride()),
@@ -166,8 +169,8 @@ def launch_focus_gradient(
         power,
     )
     if columns is None:
-        launch(x, df, columns, rows, along, mask, None)
+        launch(x, df, shift, columns, rows, along, mask, None)
         return None
     partial = columns.new_empty(programs, *columns.shape)
-    launch(x, df, columns, rows, along, mask, partial)
+    launch(x, df, shift, columns, rows, along, mask, partial)
     return partial

@@ -22,6 +22,7 @@ from .memory import Axes, Layout
 from .output import launch_output
 from .programs import locate
 from .rotary import load_table, rotate
+from .shift import shifted_pair
 from .side import Side, SidePlan
 from .tiles import (
     head_offset,
@@ -41,7 +42,7 @@ from .tiling import Tiling
 
 @kernel
 def grad_key_kernel(
-    k, v, dstate, count, weight, mask, table, rows, columns, cu, dk, dv, dweight,
+    k, v, dstate, count, shift, weight, mask, table, rows, columns, cu, dk, dv, dweight,
     stride_kb: "i64", stride_kh: "i64", stride_km: "i64", stride_kd: "i64",
     stride_vb: "i64", stride_vh: "i64", stride_vm: "i64", stride_vd: "i64",
     stride_fb: "i64", stride_fh: "i64", stride_fm: "i64", stride_fd: "i64",
@@ -100,6 +101,7 @@ def grad_key_kernel(
         m_k = key_rows(mask, o_m, m_m, stride_mm)
         p_k = k + token_offset(i_m, stride_km, ORDER_K, UNIT)
         b_k0, b_k1 = load_channels(p_k, o_k0, o_k1, m_k, K, K0, K1, KB, FEATURE_MAP)
+        b_k0, b_k1 = shifted_pair(b_k0, b_k1, shift, i_h, o_m, m_k, H, K, K0, K1, KB)
         p_v = v + token_offset(i_m, stride_vm, ORDER_V, UNIT)
         b_f0, b_f1 = features(b_k0, b_k1, rows, c_0, c_1, o_m, m_k, M, K1, FEATURE_MAP, POWER, ACC)
         b_a0, b_a1 = b_f0, b_f1

@@ -284,5 +284,5 @@ def launch_grad_query(
         factor,
     )
     partial = q.new_empty(shape, dtype=dtype)
-    launch(q, do, state, inverse, count, *side.tensors[2:], dq, dweight, partial)
+    launch(q, do, state, inverse, count, *side.tensors[3:], dq, dweight, partial)
     return sum_partial(partial, *sums, chunk, N)

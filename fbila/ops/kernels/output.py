@@ -3,7 +3,7 @@
 q `(B, H, N, K)`, state `(B * Hk, K * V + K)` -> o `(B, H, N, V)`. S' and z' are S and z times a
 factor (1/M, or the scale), applied in the accumulation type before S' is rounded. Where the
 backward pass will need it, 1 / (phi(q_i) . z' + eps) is written too, one number a token and head.
-With k for q and dS for S it makes dv of wide heads; `weight` and `mask` are the keys' then.
+With k for q and dS for S it makes dv of wide heads; `shift`, `weight` and `mask` are the keys'.
 """
 
 from functools import lru_cache
@@ -18,6 +18,7 @@ from .masks import key_rows, token_mask, whole_blocks
 from .memory import Axes, Layout
 from .programs import locate
 from .rotary import load_table, rotate
+from .shift import shifted_pair
 from .side import PLAIN, Side, SidePlan
 from .tiles import (
     column_operand,
@@ -39,7 +40,7 @@ from .tiling import Tiling
 
 @kernel
 def output_kernel(
-    q, state, o, inverse, count, weight, mask, table, rows, columns, cu,
+    q, state, o, inverse, count, shift, weight, mask, table, rows, columns, cu,
     stride_qb: "i64", stride_qh: "i64", stride_qn: "i64", stride_qd: "i64",
     stride_ob: "i64", stride_oh: "i64", stride_on: "i64", stride_od: "i64",
     stride_wb: "i64", stride_wh: "i64", stride_wn: "i64", stride_mb: "i64", stride_mn: "i64",
@@ -109,6 +110,7 @@ def output_kernel(
             p_q = q + token_offset(i_n, stride_qn, ORDER_Q, UNIT)
             p_o = o + token_offset(i_n, stride_on, ORDER_O, UNIT)
             b_q0, b_q1 = load_channels(p_q, o_q0, o_q1, m_n, K, K0, K1, KB, FEATURE_MAP)
+            b_q0, b_q1 = shifted_pair(b_q0, b_q1, shift, i_h, o_n, m_n, H, K, K0, K1, KB)
             b_f0, b_f1 = features(
                 b_q0, b_q1, rows, c_0, c_1, o_n, m_n, N, K1, FEATURE_MAP, POWER, ACC
             )

@@ -30,6 +30,7 @@ class SidePlan(NamedTuple):
 class Side(NamedTuple):
     """The options of the queries or of the keys, `(B, H, N, K)`, as the kernels take them.
 
+    shift: `(N, H, K)`, contiguous, in the dtype of the keys, which it is added to.
     weight: `(B, H, N)`. mask: `(B, N)` in the dtype of the keys, 0 where there is none.
     table: cos and sin `(1 or H, N, K)`, contiguous, in the order that `rotary` says: "interleaved"
     or "halves".
@@ -37,6 +38,7 @@ class Side(NamedTuple):
     rows, columns: of the focused map, `(B, 3, N)` and `(H, K)`, with its `power`.
     """
 
+    shift: torch.Tensor | None = None
     weight: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     table: torch.Tensor | None = None
@@ -62,7 +64,7 @@ class Side(NamedTuple):
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """As the kernels take them."""
-        return self[:6]
+        return self[:7]
 
 
 PLAIN = Side()

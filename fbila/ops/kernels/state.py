@@ -20,6 +20,7 @@ from .masks import key_rows, token_mask, whole_blocks
 from .memory import Axes, Layout
 from .programs import locate
 from .rotary import load_table, rotate
+from .shift import shifted_pair
 from .side import Side, SidePlan
 from .sums import sum_partial
 from .tiles import (
@@ -39,7 +40,7 @@ from .tiling import Tiling
 
 @kernel
 def state_kernel(
-    k, v, weight, mask, table, rows, columns, cu, partial,
+    k, v, shift, weight, mask, table, rows, columns, cu, partial,
     stride_kb: "i64", stride_kh: "i64", stride_km: "i64", stride_kd: "i64",
     stride_vb: "i64", stride_vh: "i64", stride_vm: "i64", stride_vd: "i64",
     stride_wb: "i64", stride_wh: "i64", stride_wm: "i64", stride_mb: "i64", stride_mm: "i64",
@@ -103,6 +104,7 @@ def state_kernel(
             p_k = k + token_offset(i_m, stride_km, ORDER_K, UNIT)
             p_v = v + token_offset(i_m, stride_vm, ORDER_V, UNIT)
             b_k0, b_k1 = load_channels(p_k, o_k0, o_k1, m_m, PART, K0, K1, KB, FEATURE_MAP)
+            b_k0, b_k1 = shifted_pair(b_k0, b_k1, shift, i_h, o_m, m_m, H, K, K0, K1, KB)
             b_v0, b_v1 = load_pair(p_v, o_v0, o_v1, m_m, first_v, V, V0, V1, V0)
             b_f0, b_f1 = features(
                 b_k0, b_k1, rows, c_0, c_1, o_m, m_m, M, K1, FEATURE_MAP, POWER, ACC
