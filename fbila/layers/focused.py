@@ -130,14 +130,15 @@ class FocusedLinearAttention(nn.Module):
                 x = self.norm(as_tokens(self.sr(as_grid(x, H, W))))
             k, v = self.kv(x).chunk(2, -1)
         positions = resize_positions(self.positional_encoding, self.key_grid, key_size)
-        # q and v are views of the projections, which the op reads in place.
+        # All are views, which the op reads in place.
         out = focused_la(
             heads_of(q, self.num_heads),
-            heads_of(k + positions.to(k.dtype), self.num_heads),
+            heads_of(k, self.num_heads),
             heads_of(v, self.num_heads),
             focusing_factor=self.focusing_factor,
             scale=self.scale.view(self.num_heads, -1),
             eps=1e-6,
+            key_positions=heads_of(positions, self.num_heads)[0],
         )
         out = add_local_mixing(out.transpose(1, 2).flatten(2), parts["dwc"], v, H, W)
         out = parts["proj"](out)

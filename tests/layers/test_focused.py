@@ -137,9 +137,9 @@ def test_no_copy_between_the_projection_and_the_op(monkeypatch):
     monkeypatch.setattr(focused, "focused_la", capture)
     layer.qkv.register_forward_hook(lambda _, __, output: seen.update(qkv=output))
     layer(x, 3, 5)
-    q, _, v = capture.inputs
-    assert memory_of(q) == memory_of(v) == memory_of(seen["qkv"])
-    assert q.stride() == v.stride() == (15 * 48, 8, 48, 1)
+    q, k, v = capture.inputs
+    assert memory_of(q) == memory_of(k) == memory_of(v) == memory_of(seen["qkv"])
+    assert q.stride() == k.stride() == v.stride() == (15 * 48, 8, 48, 1)
 
 
 @pytest.mark.parametrize("sr", [None, 2])
