@@ -11,6 +11,7 @@ import sys
 import torch
 
 import fbila
+from fbila.ops.centred_library import centred_la
 
 TOKENS = 300
 
@@ -39,6 +40,10 @@ def calls(K: int, V: int, dtype: torch.dtype):
     yield "short", lambda q, k, v: attend()(q[:, :, :70], k[:, :, :100], v[:, :, :100])
     if K <= 128:
         yield "signed", lambda q, k, v: fbila.linear_attn(q, k, v, feature_map="signed")
+    yield (
+        "centred",
+        lambda q, k, v: torch.cat([x.flatten() for x in centred_la(q, k, v, "relu", 0.01)]),
+    )
     yield "simple", lambda q, k, v: fbila.simple_la(q, k, v, feature_map="relu", scale=0.01)
     for interleaved in (True, False):
         rotary = fbila.Rotary(angles.cos(), angles.sin(), interleaved)

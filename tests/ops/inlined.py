@@ -24,7 +24,13 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 
 from fbila import focused_la, linear_attn, linear_attn_apply, linear_attn_state, simple_la
-from fbila.ops import functional, halves, inlining, window_attention_library  # noqa: F401
+from fbila.ops import (
+    centred_library,
+    functional,
+    halves,
+    inlining,
+    window_attention_library,  # noqa: F401
+)
 from fbila.ops.depthwise_conv_library import depthwise_conv
 from fbila.ops.kernels.focus import plan_focus_rows
 from fbila.ops.kernels.memory import Axes
@@ -125,6 +131,11 @@ def in_halves(q, k, v):
     return linear_attn_apply(q, state, feature_map="elu1", eps=1e-4)
 
 
+def centred(q, k, v):
+    o, mean = centred_library.centred_la(q, k, v, None, 0.1)
+    return o + mean.unsqueeze(2)
+
+
 def focused(q, k, v, scale):
     return focused_la(q, k, v, scale=scale)
 
@@ -169,6 +180,8 @@ def trainings():
         "simple": trained(simple_la, q, k, v),
         "weighed": trained(weighed, q, k, v, torch.empty(2, 8, 3136)),
         "in halves": trained(in_halves, q, k, v),
+        "centred": trained(centred, q, k, v),
+        "centred short": trained(centred, *heads(32, 49, torch.bfloat16, "cpu")),
         "float64": trained(attend, *heads(32, 3136, torch.float64, "cpu")),
         "depthwise_conv": trained(convolution(), grid, taps, bias),
         "with silu": trained(convolution(silu=True), grid, taps, bias),
@@ -212,7 +225,7 @@ def main():
     driver.set_active(Driver())
     inlining._shared_memory = lambda device: int(sys.argv[1])
     # On the CPU as well, for training.
-    for module in (functional, halves):
+    for module in (centred_library, functional, halves):
         module.choose_implementation = lambda *_: "triton"
     with FakeTensorMode():
         graphs = {f"{D} {N}": parts(attend, *heads(D, N)) for D in (8, 40, 160) for N in (64, 4096)}

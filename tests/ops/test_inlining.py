@@ -130,6 +130,17 @@ TRAINING = {
     ),
     # The state as it was given, and the number of keys.
     "in halves": (FORWARD, BACKWARD, [Q, Q, Q, STATE, [2], INVERSE]),
+    # The state about the mean of the values, and that.
+    "centred": (
+        [["partial"], ["state", "mean", "centre"], ["o"]],
+        [["dq", "partial"], ["state"], ["operand", "share"], ["dk", "dv"]],
+        [Q, Q, Q, STATE, [16, 32]],
+    ),
+    "centred short": (
+        [["o", "state", "mean", "centre"]],
+        [["dq", "partial"], ["operand", "share"], ["dk", "dv"]],
+        [[2, 8, 49, 32]] * 3 + [STATE, [16, 32]],
+    ),
     "depthwise_conv": ([["y"]], [["y"], *SUMS], [G, [128, 1, 5, 5]]),
     "with silu": ([["y"]], [["y"], ["y"], *SUMS], [G, [128, 1, 5, 5], [128]]),
     "with all": ([["y"]], [["y"], ["y"], *SUMS], [G, [32, 1, 5, 5], [32], G, G]),

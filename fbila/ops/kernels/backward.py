@@ -59,7 +59,7 @@ class Backward:
         presence = [
             [True, True, True, normalize, False, *nothing[:4], True, False, True],
             [True, True],
-            [True, True, True, False, *nothing, True, True, False],
+            [True, True, True, False, *nothing, True, True, False, False],
         ]
         self.starts = Starts(self.launches, presence if self.summed else [presence[0], presence[2]])
 
@@ -87,5 +87,5 @@ class Backward:
         starts[0](p_q, p_do, state.data_ptr(), p_inverse, *[None] * 5, dq.data_ptr(), None, partial)
         if self.summed:
             starts[1](partial, dstate)
-        starts[-1](p_k, p_v, dstate, *[None] * 8, dk.data_ptr(), dv.data_ptr(), None)
+        starts[-1](p_k, p_v, dstate, *[None] * 8, dk.data_ptr(), dv.data_ptr(), None, None)
         return dq, dk, dv

@@ -107,7 +107,7 @@ class ShortForward:
         self.state = (q.shape[0] * q.shape[1], K * V + K)
         self.inverse = q.shape[:3] if self.normalize else (0,)
         self.starts = {
-            kept: Starts([launch], [[True, True, True, True, kept, kept and self.normalize]])
+            kept: Starts([launch], [[*[True] * 4, kept, kept and self.normalize, False, False]])
             for kept in (False, True)
         }
 
@@ -121,10 +121,10 @@ class ShortForward:
             return None
         o = torch.empty_strided(self.shape, self.stride, dtype=q.dtype, device=q.device)
         if not kept:
-            starts[0](p_q, p_k, p_v, o.data_ptr(), None, None)
+            starts[0](p_q, p_k, p_v, o.data_ptr(), *[None] * 4)
             return o, None, None
         state = q.new_empty(self.state, dtype=torch.float32)
         inverse = q.new_empty(self.inverse, dtype=torch.float32)
         p_inverse = inverse.data_ptr() if self.normalize else None
-        starts[0](p_q, p_k, p_v, o.data_ptr(), state.data_ptr(), p_inverse)
+        starts[0](p_q, p_k, p_v, o.data_ptr(), state.data_ptr(), p_inverse, None, None)
         return o, state, inverse

@@ -5,7 +5,8 @@
                                       dw_j = dphi(k_j) . phi(k_j)
 
 dS and dz come scaled (the gradient of S' and z'); the factor that scaled S is applied here. For
-wide heads `output` makes dv, with k for queries, and `grad_feature` dk and dw.
+wide heads `output` makes dv, with k for queries, and `grad_feature` dk and dw. For `centre.py` what
+each value gets of the gradient of their mean is added to dv, `share`.
 """
 
 from functools import lru_cache
@@ -17,7 +18,7 @@ from ..feature_maps import feature_dim
 from .features import feature_gradients, features, load_channels, load_columns, store_channels
 from .grad_feature import launch_grad_feature
 from .launch import Launch, kernel
-from .masks import key_rows
+from .masks import column_mask, key_rows
 from .memory import Axes, Layout
 from .output import launch_output
 from .programs import locate
@@ -42,7 +43,7 @@ from .tiling import Tiling
 
 @kernel
 def grad_key_kernel(
-    k, v, dstate, count, shift, weight, mask, table, rows, columns, cu, dk, dv, dweight,
+    k, v, dstate, count, shift, weight, mask, table, rows, columns, cu, dk, dv, dweight, share,
     stride_kb: "i64", stride_kh: "i64", stride_km: "i64", stride_kd: "i64",
     stride_vb: "i64", stride_vh: "i64", stride_vm: "i64", stride_vd: "i64",
     stride_fb: "i64", stride_fh: "i64", stride_fm: "i64", stride_fd: "i64",
@@ -94,6 +95,12 @@ def grad_key_kernel(
     )
     if NORMALIZE:
         b_z0, b_z1 = load_key_sum(dstate, factor, K, V, K0, K1, KB)
+    if share is not None:
+        share += (i_b * H + i_h) * V
+        b_y0 = tl.load(share + tl.arange(0, V0), mask=column_mask(0, V, V0, V0), other=0.0)
+        if V1 > 0:
+            m_y = column_mask(V0, V, V1, V1)
+            b_y1 = tl.load(share + V0 + tl.arange(0, V1), mask=m_y, other=0.0)
 
     for i_m in range(start, end, BLOCK_M):
         o_m = i_m + tl.arange(0, BLOCK_M)
@@ -131,6 +138,10 @@ def grad_key_kernel(
         if mask is not None:
             b_dv0 = tl.where(m_k[:, None], b_dv0, 0.0)
             b_dv1 = tl.where(m_k[:, None], b_dv1, 0.0)
+        if share is not None:
+            b_dv0 += b_y0[None, :]
+            if V1 > 0:
+                b_dv1 += b_y1[None, :]
         p_g = dv + token_offset(i_m, stride_gm, ORDER_G, UNIT)
         store_pair(p_g, b_dv0, b_dv1, o_g0, o_g1, m_m, 0, V, V0, V1, V0)
 
@@ -227,10 +238,11 @@ def launch_grad_key(
     *,
     count: torch.Tensor | None = None,
     dweight: torch.Tensor | None = None,
+    share: torch.Tensor | None = None,
 ) -> None:
     """Fill `dk`, `dv` and, with a weight, `dweight` `(B, H, M)` from the scaled state's gradient.
 
-    `factor` and `count` are as for `launch_output`.
+    `factor` and `count` are as for `launch_output`. Each row of dv has `share` `(B * H, V)` added.
     """
     K = feature_dim(k.shape[3], feature_map)
     if Tiling.of("grad_key", k.dtype, K, v.shape[3], side.rotary, feature_map).wide:
@@ -239,6 +251,8 @@ def launch_grad_key(
             k, v, dstate, dk, side, 1, feature_map, normalize, factor,
             count=count, dweight=dweight,
         )  # fmt: skip
+        if share is not None:
+            dv += share.view(*dv.shape[:2], 1, -1)
         return
     launch = plan_grad_key(
         Axes(k.shape, k.stride()),
@@ -251,4 +265,4 @@ def launch_grad_key(
         normalize,
         factor,
     )
-    launch(k, v, dstate, count, *side.tensors, dk, dv, dweight)
+    launch(k, v, dstate, count, *side.tensors, dk, dv, dweight, share)

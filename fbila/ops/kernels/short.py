@@ -1,7 +1,8 @@
 """The forward pass of short sequences: a program a head, which first goes over the keys and then
 over the queries. S stays on the chip, and there is one launch instead of two.
 
-The formulas are those of `state.py` and `output.py`, for calls without options.
+The formulas are those of `state.py` and `output.py`, for calls without options, and with `mean`
+that of `centre.py`.
 """
 
 from functools import lru_cache
@@ -15,6 +16,7 @@ from .masks import tile_mask
 from .memory import Axes, Layout
 from .tiles import (
     column_operand,
+    few_rows,
     head_offset,
     product,
     state_halves,
@@ -34,7 +36,7 @@ WIDEST = 64
 
 @kernel
 def short_kernel(
-    q, k, v, o, state, inverse,
+    q, k, v, o, state, inverse, mean, centre,
     stride_qb: "i64", stride_qh: "i64", stride_qn: "i64", stride_qd: "i64",
     stride_kb: "i64", stride_kh: "i64", stride_km: "i64", stride_kd: "i64",
     stride_vb: "i64", stride_vh: "i64", stride_vm: "i64", stride_vd: "i64",
@@ -67,7 +69,9 @@ def short_kernel(
 
     b_s = tl.zeros((K0, V0), dtype=ACC)
     # Kept two-dimensional until the end: one reduction over tokens instead of one a block.
-    b_z = tl.zeros((BLOCK_N, K0), dtype=ACC)
+    b_z = tl.zeros((BLOCK_N if mean is None else 16, K0), dtype=ACC)
+    if mean is not None:
+        b_y = tl.zeros((16, V0), dtype=ACC)
     for i_m in range(0, M, BLOCK_N):
         m_m = i_m + tl.arange(0, BLOCK_N) < M
         p_k = k + token_offset(i_m, stride_km, ORDER_K, UNIT)
@@ -76,10 +80,22 @@ def short_kernel(
         b_v = tl.load(p_v + o_v, mask=tile_mask(m_m, 0, V, V0, V0), other=0.0)
         # phi(0) is not 0 for every map.
         b_f = tl.where(m_m[:, None], feature(b_k.to(ACC), FEATURE_MAP), 0.0)
-        b_z += b_f
+        if mean is not None:
+            b_y += few_rows(b_v.to(ACC))
+            b_z += few_rows(b_f.to(dtype).to(ACC))
+        else:
+            b_z += b_f
         b_s = product(tl.trans(b_f.to(dtype)), b_v, b_s, PRECISION)
 
     c_z = tl.sum(b_z, 0)
+    if mean is not None:
+        c_y = tl.sum(b_y, 0) / tl.cast(M, ACC)
+        o_y = i_bh * V + tl.arange(0, V0)
+        m_y = tl.arange(0, V0) < V
+        tl.store(mean + o_y, c_y.to(dtype), mask=m_y)
+        if centre is not None:
+            tl.store(centre + o_y, c_y, mask=m_y)
+        b_s -= c_z[:, None] * c_y[None, :]
     if K < K0:
         # Channels that there are not: phi(0), or NaN where a value is inf.
         inside = tl.arange(0, K0) < K
@@ -189,8 +205,14 @@ def launch_short(
     normalize: bool,
     factor: float,
     eps: float,
+    mean: torch.Tensor | None = None,
+    centre: torch.Tensor | None = None,
 ) -> None:
-    """Fill `o` and, where given, the state `(B * H, K * V + K)` and 1 / denominator `(B, H, N)`."""
+    """Fill `o` and, where given, the state `(B * H, K * V + K)` and 1 / denominator `(B, H, N)`.
+
+    With `mean` `(B, H, V)` the values are taken about theirs, which is written there, and to
+    `centre` in the type of sums.
+    """
     axes = (Axes(x.shape, x.stride()) for x in (q, k, v, o))
     launch = plan_short(*axes, q.dtype, feature_map, normalize, factor, eps)
-    launch(q, k, v, o, state, inverse)
+    launch(q, k, v, o, state, inverse, mean, centre)

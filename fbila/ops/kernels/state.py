@@ -1,6 +1,8 @@
 """The state of a set of keys, `S = sum_j w_j phi(k_j)^T v_j` and `z = sum_j w_j phi(k_j)`.
 
-k `(B, H, M, K)`, v `(B, H, M, V)` -> state `(B * H, K * V + K)`, S row-major and then z.
+k `(B, H, M, K)`, v `(B, H, M, V)` -> state `(B * H, K * V + K)`, S row-major and then z. For
+`centre.py` the sum of the values comes after them, and z is that of the features as S has them,
+which the products round.
 
 The tokens are split over programs; each writes its partial sums, and a second kernel adds them in
 a fixed order. There are no atomics, and the split depends on (M, K, V) alone, never on B or H: the
@@ -16,7 +18,7 @@ import triton.language as tl
 from ..feature_maps import feature_dim
 from .features import features, load_channels, load_columns
 from .launch import Launch, kernel
-from .masks import key_rows, token_mask, whole_blocks
+from .masks import column_mask, key_rows, token_mask, whole_blocks
 from .memory import Axes, Layout
 from .programs import locate
 from .rotary import load_table, rotate
@@ -24,6 +26,7 @@ from .shift import shifted_pair
 from .side import Side, SidePlan
 from .sums import sum_partial
 from .tiles import (
+    few_rows,
     head_offset,
     load_pair,
     operand_scale,
@@ -52,7 +55,7 @@ def state_kernel(
     ORDER_K: tl.constexpr, ORDER_V: tl.constexpr, UNIT: tl.constexpr, SAME: tl.constexpr,
     GRAIN: tl.constexpr,
     FEATURE_MAP: tl.constexpr, POWER: tl.constexpr, ROTARY: tl.constexpr, SUM_KEYS: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    SUM_VALUES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_b, i_h, _, start, end, row = locate(cu, H, M, chunk, splits, GRAIN)
     k += head_offset(i_b, i_h, stride_kb, stride_kh, ORDER_K, UNIT)
@@ -82,15 +85,21 @@ def state_kernel(
 
     b_s00 = tl.zeros((K0, V0), dtype=ACC)
     # Kept two-dimensional until the end: one reduction over tokens instead of one a block.
-    b_z0 = tl.zeros((BLOCK_M, K0), dtype=ACC)
+    ROWS: tl.constexpr = 16 if SUM_VALUES else BLOCK_M
+    b_z0 = tl.zeros((ROWS, K0), dtype=ACC)
     b_s01, b_s10, b_s11, b_z1 = b_s00, b_s00, b_s00, b_z0
     if V1 > 0:
         b_s01 = tl.zeros((K0, V1), dtype=ACC)
     if K1 > 0:
         b_s10 = tl.zeros((K1, V0), dtype=ACC)
-        b_z1 = tl.zeros((BLOCK_M, K1), dtype=ACC)
+        b_z1 = tl.zeros((ROWS, K1), dtype=ACC)
     if K1 * V1 > 0:
         b_s11 = tl.zeros((K1, V1), dtype=ACC)
+    if SUM_VALUES:
+        b_y0 = tl.zeros((ROWS, V0), dtype=ACC)
+        b_y1 = b_y0
+        if V1 > 0:
+            b_y1 = tl.zeros((ROWS, V1), dtype=ACC)
 
     # Narrow heads are faster with masks.
     PARTED: tl.constexpr = K0 > 32
@@ -119,7 +128,14 @@ def state_kernel(
             if weight is not None:
                 b_w = tl.load(weight + o_m.to(tl.int64) * stride_wm, mask=m_m, other=0.0).to(ACC)
                 b_f0, b_f1 = b_f0 * b_w[:, None], b_f1 * b_w[:, None]
-            if SUM_KEYS:
+            if SUM_VALUES:
+                b_y0 += few_rows(b_v0.to(ACC))
+                if V1 > 0:
+                    b_y1 += few_rows(b_v1.to(ACC))
+                b_z0 += few_rows(b_f0.to(dtype).to(ACC))
+                if K1 > 0:
+                    b_z1 += few_rows(b_f1.to(dtype).to(ACC))
+            elif SUM_KEYS:
                 b_z0 += b_f0
                 if K1 > 0:
                     b_z1 += b_f1
@@ -144,12 +160,19 @@ def state_kernel(
                 if V1 > 0:
                     b_s11 = accumulate(b_a1, b_v1, b_s11, scale, RESCALE, PRECISION)
 
-    partial += row * (K * V + (K if SUM_KEYS else 0))
+    partial += row * (K * V + (K if SUM_KEYS else 0) + (V if SUM_VALUES else 0))
     p_s = partial + first_k * V
     store_state(p_s, b_s00, b_s01, b_s10, b_s11, first_v, PART, V, K0, K1, KB, V0, V1)
     if SUM_KEYS and first_v == 0:
         p_z = partial + K * V + first_k
         store_key_sum(p_z, tl.sum(b_z0, 0), tl.sum(b_z1, 0), PART, 0, K0, K1, KB)
+    if SUM_VALUES and first_k == 0:
+        p_y = partial + K * V + K + first_v
+        tl.store(p_y + tl.arange(0, V0), tl.sum(b_y0, 0), mask=column_mask(first_v, V, V0, V0))
+        if V1 > 0:
+            p_y += V0
+            m_y = column_mask(first_v + V0, V, V1, V1)
+            tl.store(p_y + tl.arange(0, V1), tl.sum(b_y1, 0), mask=m_y)
 
 
 @triton.jit
@@ -162,7 +185,13 @@ def accumulate(a, b, acc, scale, RESCALE: tl.constexpr, PRECISION: tl.constexpr)
 
 @lru_cache(maxsize=1024)
 def plan_state(
-    k: Axes, v: Axes, side: SidePlan, dtype: torch.dtype, feature_map: str, sum_keys: bool
+    k: Axes,
+    v: Axes,
+    side: SidePlan,
+    dtype: torch.dtype,
+    feature_map: str,
+    sum_keys: bool,
+    sum_values: bool = False,
 ) -> tuple[Launch, int, tuple[int, ...], torch.dtype]:
     """(launch, chunk, shape and dtype of the partial sums)."""
     B, H, M = k.shape[:3]
@@ -191,21 +220,29 @@ def plan_state(
             "POWER": side.power,
             "ROTARY": side.rotary,
             "SUM_KEYS": sum_keys,
+            "SUM_VALUES": sum_values,
             "ACC": Tiling.acc(dtype),
             "PRECISION": tiling.precision,
         },
         tiling.options,
     )
     rows = (programs // H, H) if side.sequences else (B, H, splits)
-    return launch, chunk, (*rows, K * V + (K if sum_keys else 0)), tiling.acc_dtype
+    size = K * V + (K if sum_keys else 0) + (V if sum_values else 0)
+    return launch, chunk, (*rows, size), tiling.acc_dtype
 
 
 def launch_partial_state(
-    k: torch.Tensor, v: torch.Tensor, side: Side, feature_map: str, *, sum_keys: bool
+    k: torch.Tensor,
+    v: torch.Tensor,
+    side: Side,
+    feature_map: str,
+    *,
+    sum_keys: bool,
+    sum_values: bool = False,
 ) -> tuple[int, torch.Tensor]:
     """(chunk, partial sums), one for every `chunk` of tokens, as `sums.sum_partial` takes them.
 
-    Without `sum_keys` there is no z in them.
+    Without `sum_keys` there is no z in them; with `sum_values` there is `sum_j v_j` after it.
     """
     launch, chunk, shape, dtype = plan_state(
         Axes(k.shape, k.stride()),
@@ -214,6 +251,7 @@ def launch_partial_state(
         k.dtype,
         feature_map,
         sum_keys,
+        sum_values,
     )
     partial = k.new_empty(shape, dtype=dtype)
     launch(k, v, *side.tensors, partial)

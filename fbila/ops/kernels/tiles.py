@@ -207,6 +207,12 @@ def load_key_sum(
 
 
 @triton.jit
+def few_rows(x):
+    """The sums of every 16th row of x: their threads have them, and keep fewer than all rows."""
+    return tl.sum(tl.reshape(x, (x.shape[0] // 16, 16, x.shape[1])), 0)
+
+
+@triton.jit
 def column_operand(x, dtype: tl.constexpr):
     """x `(R,)` as a 16-bit `(R, 16)` operand and its scale: its columns add up to x.
 
