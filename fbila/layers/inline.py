@@ -1,7 +1,8 @@
 """InLine attention: weights that add up to one without a division, and kernels made to measure.
 
     a_ij = c phi(q_i) . phi(k_j) / N - mean_j(c phi(q_i) . phi(k_j) / N) + 1 / N        c = d^-1/2
-    o_i  = sum_j a_ij v_j = (c / N) phi(q_i) sum_j phi(k_j)^T (v_j - mean v) + mean v
+    o_i  = sum_j a_ij v_j = (c / N) phi(q_i) S + mean v
+    S    = sum_j phi(k_j)^T (v_j - mean v) = sum_j phi(k_j)^T v_j - (sum_j phi(k_j))^T mean v
     y    = W_proj (o + dwc(v; F(mean x)))
 
 x, y: `(B, N, C)`. The weights of a query differ for different queries (they are injective), and may
@@ -17,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import simple_la
+from ..ops.centred_library import centred_la
 from ..ops.depthwise_conv_library import depthwise_conv
+from ..ops.parts import parts
 from .checks import check_attn_drop, check_heads
 from .grid import grid_of, heads_of
 from .linear import Linear
@@ -119,22 +121,21 @@ class InLineAttention(nn.Module):
         prefix = self.num_prefix_tokens
         H, W = grid_of(x.shape[1] - prefix, H, W)
         if self.sr_ratio is None:
-            q, k, v = self.qkv(x).chunk(3, -1)
+            q, k, v, mixed = parts(self.qkv(x), 3 * [x.shape[-1]], twice=(2,))
         else:
-            q, (k, v) = self.q(x), self.kv(x).chunk(2, -1)
+            q, (k, v, mixed) = self.q(x), parts(self.kv(x), 2 * [x.shape[-1]], twice=(1,))
         heads = self.num_heads
-        mean = v.mean(1, keepdim=True)
-        out = self.attend(heads_of(q, heads), heads_of(k, heads), heads_of(v - mean, heads))
+        out, mean = self.attend(*(heads_of(t, heads) for t in (q, k, v)))
         first, grid = out[:, :prefix], out[:, prefix:]
-        out = self.add_local(grid, x, v[:, prefix:], mean, H, W)
+        out = self.add_local(grid, x, mixed[:, prefix:], mean, H, W)
         if prefix:
             out = torch.cat((first + mean, out), 1)
         return self.proj_drop(self.proj(out))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What o is beyond the mean of the values, `(B, N, C)`, of q, k and v - mean v.
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """What o is beyond the mean of the values, `(B, N, C)`, and that mean, `(B, 1, C)`.
 
-        They are `(B, heads, N, d)`. Of values around their mean the op needs no mean of weights.
+        q, k and v are `(B, heads, N, d)`. Of values about their mean no mean of weights is needed.
         """
         feature_map = None
         if self.kernel_func == "leakyrelu":
@@ -144,8 +145,8 @@ class InLineAttention(nn.Module):
         elif self.kernel_func == "relu":
             feature_map = "relu"
         scale = q.shape[-1] ** -0.5 / k.shape[-2]
-        out = simple_la(q, k, v, feature_map=feature_map, scale=scale)
-        return out.transpose(1, 2).flatten(2)
+        out, mean = centred_la(q, k, v, feature_map, scale)
+        return out.transpose(1, 2).flatten(2), mean.flatten(1).unsqueeze(1)
 
     def add_local(self, out: Tensor, x: Tensor, v: Tensor, mean: Tensor, H: int, W: int) -> Tensor:
         """`out + mean + dwc(v; F(mean x))` of out and v `(B, H * W, C)` and mean `(B, 1, C)`."""

@@ -105,15 +105,13 @@ def test_a_square_needs_no_size(prefix):
 
 def test_no_copy_between_the_projection_and_the_op(monkeypatch):
     layer, x = make(3, 5)
-    capture, seen = Capture(inline.simple_la), {}
-    monkeypatch.setattr(inline, "simple_la", capture)
+    capture, seen = Capture(inline.centred_la), {}
+    monkeypatch.setattr(inline, "centred_la", capture)
     layer.qkv.register_forward_hook(lambda _, __, output: seen.update(qkv=output))
     layer(x, 3, 5)
-    q, k, v = capture.inputs
-    assert memory_of(q) == memory_of(k) == memory_of(seen["qkv"])
-    assert q.stride() == k.stride() == (15 * 48, 8, 48, 1)
-    # The difference to the mean is token-major too.
-    assert v.stride() == (15 * 16, 8, 16, 1)
+    for t in capture.inputs[:3]:
+        assert memory_of(t) == memory_of(seen["qkv"])
+        assert t.stride() == (15 * 48, 8, 48, 1)
 
 
 @pytest.mark.parametrize("kernel", ["identity", "exp"])

@@ -6,7 +6,7 @@ from helpers import DEVICE
 from vision_contracts import randomize
 
 from fbila import layers
-from fbila.ops import functional
+from fbila.ops import centred_library, functional
 from fbila.ops import parts as module
 from fbila.ops.parts import put
 
@@ -20,6 +20,8 @@ LAYERS = {
     "polaformer": (lambda: layers.PolaLinearAttention(16, 2, grid_size=6), 4),
     "polaformer, keys": (lambda: layers.PolaLinearAttention(16, 2, grid_size=6, sr_ratio=1), 4),
     "polaformer++": (lambda: layers.PolaPPAttention(16, 2), 4),
+    "inline": (lambda: layers.InLineAttention(16, 2), 1),
+    "inline, keys": (lambda: layers.InLineAttention(16, 2, sr_ratio=1), 1),
 }
 
 
@@ -27,7 +29,8 @@ LAYERS = {
 def test_gradients(name, monkeypatch):
     make, moved = LAYERS[name]
     layer = randomize(make()).to(DEVICE)
-    monkeypatch.setattr(functional, "choose_implementation", lambda *_: "triton")
+    for ops in (centred_library, functional):
+        monkeypatch.setattr(ops, "choose_implementation", lambda *_: "triton")
     x = torch.randn(3, 36, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
     def gradients():

@@ -11,7 +11,7 @@ from helpers import DEVICE, DTYPES
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fbila.ops import functional, halves
+from fbila.ops import centred_library, functional, halves
 
 
 def randomize(layer: nn.Module) -> nn.Module:
@@ -108,7 +108,7 @@ def assert_kernels_agree(
     x = x.to(DEVICE)
     results = {}
     for impl in ("reference", "triton"):
-        for module in (functional, halves):
+        for module in (centred_library, functional, halves):
             monkeypatch.setattr(module, "choose_implementation", lambda *_, impl=impl: impl)
         dtypes = DTYPES if impl == "triton" else [torch.float32]
         for dtype in dtypes:
