@@ -74,7 +74,8 @@ def _forward(q, k, v, kept, feature_map, scale):
         )  # fmt: skip
     else:
         launch_centred_state(k, v, state, mean, centre if kept else None, feature_map)
-        launch_output(q, state, o, feature_map, False, scale, 0.0, mean=False)
+        if o.numel():
+            launch_output(q, state, o, feature_map, False, scale, 0.0, mean=False)
     return o, mean, state, centre
 
 

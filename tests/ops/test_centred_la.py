@@ -87,7 +87,7 @@ def test_formula_in_float64(sizes, feature_map):
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("feature_map", [None, "relu", "exp"])
-@pytest.mark.parametrize("sizes", [(300, 16, 16), SHORT], ids=str)
+@pytest.mark.parametrize("sizes", [(300, 16, 16), SHORT, WIDE], ids=str)
 def test_a_large_mean_costs_nothing_in_16_bits(sizes, feature_map, dtype):
     inputs, upstream = problem(dtype, sizes, mean=30.0)
     wide = [x.double() for x in inputs]
@@ -95,7 +95,7 @@ def test_a_large_mean_costs_nothing_in_16_bits(sizes, feature_map, dtype):
     truth = results(exact, wide, [x.double() for x in upstream], *arguments)
     found = errors(results(centred_la, inputs, upstream, *arguments), truth)
     before = errors(results(by_differences, inputs, upstream, *arguments), truth)
-    assert max(found) <= torch.finfo(dtype).eps
+    assert max(found) <= 2 * torch.finfo(dtype).eps
     assert all(ours <= 1.1 * theirs for ours, theirs in zip(found, before, strict=True))
     # Differences to a rounded mean are wrong by as much for every key.
     assert found[0] < before[0] / 5
