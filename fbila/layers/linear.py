@@ -9,7 +9,8 @@ from .plain_modules import parameter
 class Linear(nn.Linear):
     """`nn.Linear`, whose training on a GPU sums the bias's gradient by a kernel.
 
-    Compiled, in inference and for fewer than 2^25 elements on either side it is PyTorch's own.
+    Compiled, in inference and for fewer than 2^25 elements on either side, or 2^17 rows, it is
+    PyTorch's own.
 
     Args:
         in_features, out_features, bias, device, dtype: Those of `nn.Linear`.

@@ -17,19 +17,21 @@ from .casts import cast_of
 from .library import sum_dtype
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Elements of x or y, the larger, from which kernels save more than Python's part of them takes.
+# Elements of x or y, the larger, from which kernels save more than Python's part of them takes; and
+# those of y with as many rows as these, over which PyTorch's sums take several times as long.
 FEWEST = 2**25
+MANY, FEWEST_OF_MANY = 2**17, 2**23
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     """`F.linear` of x `(..., I)`, or of its GELU.
 
-    By kernels where gradients of `FEWEST` elements or more are wanted on a GPU, PyTorch elsewhere.
-    Under autocast all of it is of the lower precision if x is, as PyTorch's own. Gradients of
-    gradients are PyTorch's.
+    By kernels where gradients of `FEWEST` elements or more, or of a bias over `MANY` rows, are
+    wanted on a GPU, PyTorch elsewhere. Under autocast all of it is of the lower precision if x is,
+    as PyTorch's own. Gradients of gradients are PyTorch's.
     """
     weight, bias = cast_of(x, weight), cast_of(x, bias)
-    if needs_gradient(x, weight, bias) and direct(x, weight, bias) and _is_large(x, weight):
+    if needs_gradient(x, weight, bias) and direct(x, weight, bias) and _is_large(x, weight, bias):
         narrow = cast_for_autocast(x, weight, *([] if bias is None else [bias]))
         # Of float32 GELU is computed in float32, and cast then.
         served = narrow[0].dtype == x.dtype or not gelu
@@ -39,9 +41,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
     return F.linear(F.gelu(x) if gelu else x, weight, bias)
 
 
-def _is_large(x: Tensor, weight: Tensor) -> bool:
+def _is_large(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     O, I = weight.shape
-    return min(I, O) > 0 and x.numel() // I * max(I, O) >= FEWEST
+    if min(I, O) == 0:
+        return False
+    rows = x.numel() // I
+    if rows * max(I, O) >= FEWEST:
+        return True
+    return bias is not None and rows >= MANY and rows * O >= FEWEST_OF_MANY
 
 
 class _Linear(torch.autograd.Function):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from helpers import DEVICE, DTYPES
 
 from fbila.ops import linear as library
-from fbila.ops.linear import _Linear, by_pytorch, column_sums, gelu_backward, linear
+from fbila.ops.linear import _is_large, _Linear, by_pytorch, column_sums, gelu_backward, linear
 
 KINDS = [*DTYPES, torch.float64]
 
@@ -147,6 +147,20 @@ def test_it_is_served_on_a_gpu_also_under_autocast(monkeypatch, gelu):
     for f, w in zip(found, torch.autograd.grad(plain, leaves[1:], dy.bfloat16()), strict=True):
         assert f.dtype == torch.float32
         assert (f - w).norm() <= 4 * torch.finfo(torch.bfloat16).eps * w.norm()
+
+
+@pytest.mark.parametrize(
+    "rows, inner, outer, served",
+    [
+        *((2**17, 64, 256, "any"), (2**15, 1024, 8, "any"), (2**15, 1023, 8, "none")),
+        *((2**17, 8, 64, "with a bias"), (2**17, 8, 63, "none"), (2**17 - 1, 8, 64, "none")),
+        *((2**20, 0, 64, "none"), (2**20, 64, 0, "none")),
+    ],
+)
+def test_which_are_large(rows, inner, outer, served):
+    x, weight = torch.empty(rows, inner, device="meta"), torch.empty(outer, inner, device="meta")
+    found = [_is_large(x, weight, bias) for bias in (weight[:, :1].sum(1), None)]
+    assert found == [served != "none", served == "any"]
 
 
 @pytest.mark.parametrize("bias", [True, False])
