@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import focused_la
+from ..ops.parts import parts
 from .checks import check_attn_drop, check_heads, check_kernel_size, check_sr_ratio
 from .grid import (
     add_local_mixing,
@@ -119,16 +120,17 @@ class FocusedLinearAttention(nn.Module):
         Raises:
             ValueError: If N is not H * W, or one of these less than `sr_ratio`.
         """
-        parts: Any = self._modules
+        own: Any = self._modules
+        C = x.shape[-1]
         H, W = grid_of(x.shape[1], H, W)
         key_size = reduced_size(H, W, self.sr_ratio or 1)
         if self.sr_ratio is None:
-            q, k, v = parts["qkv"](x).chunk(3, -1)
+            q, k, v, mixed = parts(own["qkv"](x), 3 * [C], twice=(2,))
         else:
             q = self.q(x)
             if self.sr_ratio > 1:
                 x = self.norm(as_tokens(self.sr(as_grid(x, H, W))))
-            k, v = self.kv(x).chunk(2, -1)
+            k, v, mixed = parts(self.kv(x), 2 * [C], twice=(1,))
         positions = resize_positions(self.positional_encoding, self.key_grid, key_size)
         # All are views, which the op reads in place.
         out = focused_la(
@@ -140,9 +142,9 @@ class FocusedLinearAttention(nn.Module):
             eps=1e-6,
             key_positions=heads_of(positions, self.num_heads)[0],
         )
-        out = add_local_mixing(out.transpose(1, 2).flatten(2), parts["dwc"], v, H, W)
-        out = parts["proj"](out)
-        return out if idle(parts["proj_drop"]) else self.proj_drop(out)
+        out = add_local_mixing(out.transpose(1, 2).flatten(2), own["dwc"], mixed, H, W)
+        out = own["proj"](out)
+        return out if idle(own["proj_drop"]) else self.proj_drop(out)
 
     def extra_repr(self) -> str:
         return (

@@ -13,6 +13,7 @@ from .inlining import inline
 from .layout import empty_like_order
 from .library import LIBRARY, backward_of, empty_inverse, empty_state, forward_of
 from .linear import column_sums
+from .places import gradients_in, places
 from .replay import replayed
 
 _INPUTS = (
@@ -73,14 +74,19 @@ def _sides(columns, key_mask, shift, q_rows, k_rows, power):
 
 
 def backward(
-    do, q, k, v, columns, key_mask, total, shift, state, inverse, q_rows, k_rows, power, eps
-):
-    """dq, dk, dv and the gradient of columns."""
+    do, q, k, v, columns, key_mask, total, shift, state, inverse, q_rows, k_rows, power, eps,
+    into=None,
+):  # fmt: skip
+    """dq, dk, dv, which may be given as `into`, and the gradient of columns."""
     if do.numel() == 0 or k.shape[2] == 0:
-        return tuple([x.zero_() for x in _empty_gradients(q, k, v, columns)])
-    dq, dk, dv, q_along, k_along = _to_features(
-        do, q, k, v, columns, key_mask, total, shift, state, inverse, q_rows, k_rows, power
-    )
+        made = _empty_gradients(q, k, v, columns)
+        return tuple([x.zero_() for x in (*(into or made[:3]), made[3])])
+    inputs = (do, q, k, v, columns, key_mask, total, shift, state, inverse, q_rows, k_rows, power)
+    if into is None:
+        dq, dk, dv, q_along, k_along = _to_features(*inputs)
+    else:
+        dq, dk, dv = into
+        q_along, k_along = _into_features(*inputs, dq, dk, dv)
     # So far dq and dk are those of f(q) and f(k), times these.
     of_queries = _through(q, dq, columns, q_rows, q_along.sum(1), None, None, power).sum(0)
     of_keys = _through(k, dk, columns, k_rows, k_along.sum(1), key_mask, shift, power).sum(0)
@@ -88,18 +94,28 @@ def backward(
 
 
 @replayed
-def _to_features(
-    do, q, k, v, columns, key_mask, total, shift, state, inverse, q_rows, k_rows, power
-):
+def _to_features(do, q, k, v, columns, *others):
     """f(q) df(q), f(k) df(k) and dv, and the sums over channels of the first two."""
-    dq, dk, dv, _ = _empty_gradients(q, k, v, columns)
+    *gradients, _ = _empty_gradients(q, k, v, columns)
+    return *gradients, *_fill_features(do, q, k, v, columns, *others, *gradients)
+
+
+@replayed
+def _into_features(*arguments):
+    """The same into memory that is given; the sums."""
+    return _fill_features(*arguments)
+
+
+def _fill_features(
+    do, q, k, v, columns, key_mask, total, shift, state, inverse, q_rows, k_rows, power, dq, dk, dv
+):
     sides = _sides(columns, key_mask, shift, q_rows, k_rows, power)
     q_along, k_along = (columns.new_empty(x.shape[:3]) for x in (q, k))
     backward_of(
         do, q, k, v, *sides, total, state, inverse, dq, dk, dv, k_along, "focused", "mean", 1.0,
         needs_keys=True, query_dw=q_along,
     )  # fmt: skip
-    return dq, dk, dv, q_along, k_along
+    return q_along, k_along
 
 
 @replayed
@@ -151,8 +167,11 @@ class FocusedLA(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        ctx.options = arguments[7:]
+        ctx.options, ctx.places = arguments[7:], None
         if ordinary(*arguments[:7]):
+            q, k, v = arguments[:3]
+            # The sum that is the gradient of the shift reads dk, and faster where it is dense.
+            ctx.places = places(q, None if ctx.needs_input_grad[6] else k, v)
             o, *kept = forward(*arguments)
         else:
             with torch._C._AutoDispatchBelowAutograd():
@@ -166,8 +185,12 @@ class FocusedLA(torch.autograd.Function):
         inputs = ctx.saved_tensors
         # With gradients enabled, gradients of gradients are wanted, which the op refuses.
         unseen = not torch.is_grad_enabled() and ordinary(do, *inputs)
-        run = backward if unseen else torch.ops.fbila.focused_la_backward
-        gradients = run(do, *inputs, *ctx.options)
+        if unseen and ctx.places:
+            into = gradients_in(ctx.places, *inputs[:3])
+            gradients = backward(do, *inputs, *ctx.options, into)
+        else:
+            run = backward if unseen else torch.ops.fbila.focused_la_backward
+            gradients = run(do, *inputs, *ctx.options)
         wanted = zip(gradients, ctx.needs_input_grad, strict=False)
         dshift = None
         if ctx.needs_input_grad[6]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .layout import empty_like_order
 
-# Operations through which the memory of a gradient is that of its part.
+# Views of a whole part, whose gradients' memory is that of its own.
 _VIEWS = {"ViewBackward0", "TransposeBackward0", "PermuteBackward0"}
 
 
@@ -63,9 +63,9 @@ def gradient_of(node: Whole, like: Tensor) -> Tensor:
     return gradient
 
 
-def places(*tensors: Tensor) -> list[Place | None] | None:
-    """Of those that are views of all of a part; None if none is."""
-    found = [_place(x) for x in tensors]
+def places(*tensors: Tensor | None) -> list[Place | None] | None:
+    """Of those that are parts, however viewed; None if none is."""
+    found = [None if x is None else _place(x) for x in tensors]
     return found if any(found) else None
 
 
@@ -74,12 +74,7 @@ def _place(x: Tensor) -> Place | None:
     if node is None:
         return None
     offset = int(x.storage_offset()) - node.begin
-    if offset not in node.starts:
-        return None
-    part = node.starts.index(offset)
-    if x.numel() * node.shape[-1] != node.shape.numel() * node.sizes[part]:
-        return None
-    return Place(node, part, x.shape, x.stride(), offset)
+    return Place(node, node.starts.index(offset), x.shape, x.stride(), offset)
 
 
 def _whole(x: Tensor) -> Whole | None:

@@ -17,6 +17,9 @@ LAYERS = {
     "sana": (lambda: layers.SanaLinearAttention(16, 2), 0),
     "mlla": (lambda: layers.MLLALinearAttention(16, 2), 0),
     "vssd": (lambda: layers.NonCausalSSD(16, 2, d_state=8), 6),
+    # The gradient of keys is summed over the batch as well, for that of the positions.
+    "focused": (lambda: layers.FocusedLinearAttention(16, 2, grid_size=6), 2),
+    "focused, keys": (lambda: layers.FocusedLinearAttention(16, 2, grid_size=6, sr_ratio=1), 2),
     "polaformer": (lambda: layers.PolaLinearAttention(16, 2, grid_size=6), 4),
     "polaformer, keys": (lambda: layers.PolaLinearAttention(16, 2, grid_size=6, sr_ratio=1), 4),
     "polaformer++": (lambda: layers.PolaPPAttention(16, 2), 4),

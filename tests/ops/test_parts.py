@@ -84,8 +84,10 @@ def test_gradients_with_holes_between_rows_and_columns():
     whole = draw(3, 10, 16).requires_grad_()
     a, b = parts(whole, (8, 8))
     wide, turned = draw(3, 10, 20, seed=1)[..., 4:12], draw(3, 8, 10, seed=2).mT
-    (dwhole,) = torch.autograd.grad((a, b), whole, (wide, turned))
-    assert torch.equal(dwhole, torch.cat((wide, turned), -1))
+    every_other, one = draw(3, 10, 20, seed=3)[..., :16:2], torch.ones((), device=DEVICE)
+    for pair in ((wide, turned), (every_other, one.expand(3, 10, 8))):
+        (dwhole,) = torch.autograd.grad((a, b), whole, pair, retain_graph=True)
+        assert torch.equal(dwhole, torch.cat(pair, -1))
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -96,6 +98,27 @@ def test_attention_writes_them_in_place(dtype, copied):
     attend(*plain.split(16, -1)).square().sum().backward()
     assert torch.equal(whole.grad, plain.grad) and whole.grad.is_contiguous()
     assert copied == []
+
+
+def test_nothing_is_kept_after_a_backward_pass():
+    whole = draw(2, 70, 48).requires_grad_()
+    q, k, v = parts(whole, (16, 16, 16))
+    attend(q, k, v).sum().backward(retain_graph=True)
+    assert q.grad_fn.made == (None, None, set())
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_focused_attention_writes_them_in_place(shift, copied):
+    whole, positions = draw(2, 70, 48).requires_grad_(), draw(2, 70, 8, seed=1).requires_grad_()
+    plain, expected = (x.detach().clone().requires_grad_() for x in (whole, positions))
+    pairs = ((whole, positions, parts), (plain, expected, lambda x, sizes: x.split(sizes, -1)))
+    for x, p, split in pairs:
+        q, k, v = (heads_of(part, 2) for part in split(x, (16, 16, 16)))
+        options = {"key_positions": p} if shift else {}
+        fbila.focused_la(q, k, v, impl="triton", **options).square().sum().backward()
+    assert torch.equal(whole.grad, plain.grad)
+    assert not shift or torch.equal(positions.grad, expected.grad)
+    assert copied == shift * [((140, 16), False)]
 
 
 @pytest.mark.parametrize("twice", [True, False])
