@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import passes_made
+from helpers import DEVICE, passes_made
 from test_rala import SHAPES, rotate
 from vision_contracts import (
     Capture,
@@ -81,7 +81,7 @@ def test_kernels(monkeypatch):
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 def test_what_ends_it_is_a_kernel_either_way(monkeypatch, order):
-    layer, x = MALA(32, 2), torch.randn(2, 32, 3, 5).to(memory_format=order)
+    layer, x = MALA(32, 2).to(DEVICE), torch.randn(2, 32, 3, 5).to(DEVICE, memory_format=order)
     expected = run(layer, x)
     launched = passes_made(monkeypatch, magnitude)
     for ours, theirs in zip(run(layer, x), expected, strict=True):
