@@ -121,16 +121,15 @@ class FocusedLinearAttention(nn.Module):
             ValueError: If N is not H * W, or one of these less than `sr_ratio`.
         """
         own: Any = self._modules
-        C = x.shape[-1]
         H, W = grid_of(x.shape[1], H, W)
         key_size = reduced_size(H, W, self.sr_ratio or 1)
         if self.sr_ratio is None:
-            q, k, v, mixed = parts(own["qkv"](x), 3 * [C], twice=(2,))
+            q, k, v, mixed = parts(own["qkv"](x), 3, twice=(2,))
         else:
             q = self.q(x)
             if self.sr_ratio > 1:
                 x = self.norm(as_tokens(self.sr(as_grid(x, H, W))))
-            k, v, mixed = parts(self.kv(x), 2 * [C], twice=(1,))
+            k, v, mixed = parts(self.kv(x), 2, twice=(1,))
         positions = resize_positions(self.positional_encoding, self.key_grid, key_size)
         # All are views, which the op reads in place.
         out = focused_la(

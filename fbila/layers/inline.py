@@ -121,9 +121,9 @@ class InLineAttention(nn.Module):
         prefix = self.num_prefix_tokens
         H, W = grid_of(x.shape[1] - prefix, H, W)
         if self.sr_ratio is None:
-            q, k, v, mixed = parts(self.qkv(x), 3 * [x.shape[-1]], twice=(2,))
+            q, k, v, mixed = parts(self.qkv(x), 3, twice=(2,))
         else:
-            q, (k, v, mixed) = self.q(x), parts(self.kv(x), 2 * [x.shape[-1]], twice=(1,))
+            q, (k, v, mixed) = self.q(x), parts(self.kv(x), 2, twice=(1,))
         heads = self.num_heads
         out, mean = self.attend(*(heads_of(t, heads) for t in (q, k, v)))
         first, grid = out[:, :prefix], out[:, prefix:]

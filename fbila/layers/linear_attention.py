@@ -81,7 +81,7 @@ class LinearAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mixes the tokens of `x` `(B, N, C)`."""
         # (B, N, 3 * C) -> three (B, H, N, D) views of one tensor, which the op reads in place.
-        q, k, v = (heads_of(t, self.num_heads) for t in parts(self.qkv(x), 3 * [x.shape[-1]]))
+        q, k, v = (heads_of(t, self.num_heads) for t in parts(self.qkv(x), 3))
         out = linear_attn(
             self.q_norm(q),
             self.k_norm(k),

@@ -87,7 +87,7 @@ class MLLALinearAttention(nn.Module):
         tables: Any = self.rope(H, W, x) if rotary is None else rotary
         own: Any = self._modules
         B, N, C = x.shape
-        q, k = parts(own["qk"](x), (C, C))
+        q, k = parts(own["qk"](x), 2)
         # All three are views, which the op reads in place.
         out = linear_attn(
             heads_of(q, self.num_heads),

@@ -129,16 +129,15 @@ class PolaLinearAttention(nn.Module):
         Raises:
             ValueError: If N is not H * W, or one of these less than `sr_ratio`.
         """
-        C = x.shape[-1]
         H, W = grid_of(x.shape[1], H, W)
         key_size = reduced_size(H, W, self.sr_ratio or 1)
         if self.sr_ratio is None:
-            q, k, v, gate, mixed = parts(self.qkvg(x), 4 * [C], twice=(2,))
+            q, k, v, gate, mixed = parts(self.qkvg(x), 4, twice=(2,))
         else:
-            q, gate = parts(self.qg(x), 2 * [C])
+            q, gate = parts(self.qg(x), 2)
             if self.sr_ratio > 1:
                 x = self.norm(as_tokens(self.sr(as_grid(x, H, W))))
-            k, v, mixed = parts(self.kv(x), 2 * [C], twice=(1,))
+            k, v, mixed = parts(self.kv(x), 2, twice=(1,))
         positions = resize_positions(self.positional_encoding, self.key_grid, key_size)
         out = self.attend(
             heads_of(q, self.num_heads),

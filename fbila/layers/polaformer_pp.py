@@ -100,7 +100,7 @@ class PolaPPAttention(nn.Module):
         H, W = grid_of(x.shape[1], H, W)
         if rotary is None and self.rope is not None:
             rotary = self.rope(H, W, x)
-        q, k, v, gate, mixed = parts(self.qkvg(x), 4 * [x.shape[-1]], twice=(2,))
+        q, k, v, gate, mixed = parts(self.qkvg(x), 4, twice=(2,))
         heads = self.num_heads
         out = self.attend(heads_of(q, heads), heads_of(k, heads), heads_of(v, heads), rotary)
         mixed, out, gate = (as_grid(part, H, W) for part in (mixed, out, gate))

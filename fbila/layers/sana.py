@@ -71,7 +71,7 @@ class SanaLinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mixes the tokens of `x` `(B, N, C)`; float16 is clipped to what is finite in it."""
-        q, k, v = parts(self.qkv(x), 3 * [x.shape[-1]])
+        q, k, v = parts(self.qkv(x), 3)
         q, k = self.q_norm(q), self.k_norm(k)
         # Views, which the op reads in place.
         q, k, v = (heads_of(t, self.num_heads) for t in (q, k, v))

@@ -1,8 +1,8 @@
 """Where gradients of the parts of a projection belong in that of the whole, as `parts` puts them.
 
 Who computes the gradient of a part asks in the forward pass for its place, and in the backward pass
-for the memory there. In one pass each place is given once: what comes after that, as from a part
-that is used twice, has memory of its own.
+for the memory there. Until the gradient of the whole is made each place is given once, that of a
+part with two gradients to neither: what was given is not written again, as anybody may hold it.
 """
 
 from collections.abc import Sequence
@@ -22,15 +22,18 @@ class Whole(Protocol):
 
     Attributes:
         shape: Of the whole, which is contiguous.
-        begin: Where it does in memory.
+        memory, begin: Whose it is, and where it begins there.
         starts, sizes: Of the parts along the last axis.
-        made: Of one backward pass its number, the gradient, and whose place was given.
+        twice: The numbers of parts with two gradients.
+        made: Of a backward pass its stream, the gradient, and whose place was given.
     """
 
     shape: torch.Size
+    memory: int
     begin: int
     starts: list[int]
     sizes: tuple[int, ...]
+    twice: tuple[int, ...]
     made: tuple[int | None, Tensor | None, set[int]]
 
 
@@ -54,12 +57,13 @@ class Place(NamedTuple):
 
 
 def gradient_of(node: Whole, like: Tensor) -> Tensor:
-    """Memory for that of the whole in this backward pass; others may have written there."""
-    number = torch._C._current_graph_task_id()
+    """Memory for that of the whole; others may have written there."""
+    # On one stream, in whose order memory comes to be used again.
+    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else None
     known, gradient, _ = node.made
-    if known != number or gradient is None:
+    if known != stream or gradient is None:
         gradient = like.new_empty(node.shape)
-        node.made = number, gradient, set()
+        node.made = stream, gradient, set()
     return gradient
 
 
@@ -74,7 +78,11 @@ def _place(x: Tensor) -> Place | None:
     if node is None:
         return None
     offset = int(x.storage_offset()) - node.begin
-    return Place(node, node.starts.index(offset), x.shape, x.stride(), offset)
+    # Somebody may have moved it.
+    if x.untyped_storage().data_ptr() != node.memory or offset not in node.starts:
+        return None
+    part = node.starts.index(offset)
+    return None if part in node.twice else Place(node, part, x.shape, x.stride(), offset)
 
 
 def _whole(x: Tensor) -> Whole | None:

@@ -170,8 +170,8 @@ def heads(dtype: torch.dtype):
             yield f"magnitude {N} {d}", part
     for C, whole in ((96, 288), (50, 131), (2, 18)):
         place, x, y = (torch.randn(333, width, device="cuda").to(dtype) for width in (whole, C, C))
-        for more in ((None, False), (y, False), (None, True)):
-            put(place[:, :C], x, *more)
+        for other in (None, y):
+            put(place[:, :C], x, other)
             yield f"put {C}", place
 
 

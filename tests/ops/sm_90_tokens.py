@@ -78,8 +78,8 @@ def small_maps():
     ):
         place = torch.zeros(rows, whole, dtype=dtype)[:, :C]
         x, y = torch.zeros(2, rows, C, dtype=dtype)
-        for name, more in (("put", (None, False)), ("sum", (y, False)), ("add", (None, True))):
-            yield f"{name} {C} {dtype}", partial(parts.put, place, x, *more)
+        for name, other in (("put", None), ("sum", y)):
+            yield f"{name} {C} {dtype}", partial(parts.put, place, x, other)
 
 
 def windows():

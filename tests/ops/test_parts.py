@@ -7,44 +7,21 @@ from helpers import DEVICE, DTYPES, LOW
 import fbila
 from fbila.ops import library
 from fbila.ops import parts as module
-from fbila.ops.parts import parts, put
+from fbila.ops.parts import parts
+
+from .parts_by_kernels import attend, copies_of, draw, heads_of, serve_all
 
 KINDS = [*DTYPES, torch.float64]
 
 
 @pytest.fixture(autouse=True)
-def eager(monkeypatch):
-    """However small the whole is, and on whichever device."""
-    monkeypatch.setattr(module, "FEWEST", 0)
-    monkeypatch.setattr(module, "direct", module.ordinary)
+def served(monkeypatch):
+    serve_all(monkeypatch)
 
 
 @pytest.fixture
 def copied(monkeypatch):
-    """The shapes of what had to be copied or added."""
-    shapes = []
-
-    def counted(place, x, y, add):
-        shapes.append((tuple(place.shape), y is not None or add))
-        return put(place, x, y, add)
-
-    monkeypatch.setattr(module, "put", counted)
-    return shapes
-
-
-def draw(*shape, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
-
-
-def heads_of(x, heads):
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def attend(q, k, v, heads=2):
-    q, k, v = (heads_of(x, heads) for x in (q, k, v))
-    out = fbila.linear_attn(q, k, v, feature_map="elu1", impl="triton")
-    return out.transpose(1, 2).flatten(2)
+    return copies_of(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
@@ -123,7 +100,7 @@ def test_focused_attention_writes_them_in_place(shift, copied):
 
 @pytest.mark.parametrize("twice", [True, False])
 def test_attention_and_another_use_of_the_values(twice, copied):
-    """As of a convolution: what is added up has to be moved, the rest does not."""
+    """As of a convolution. Not said before, it is seen when the places have been given."""
     whole = draw(2, 70, 48).requires_grad_()
     plain = whole.detach().clone().requires_grad_()
     q, k, v, *again = parts(whole, (16, 16, 16), twice=(2,) if twice else ())
@@ -131,7 +108,7 @@ def test_attention_and_another_use_of_the_values(twice, copied):
     q, k, v = plain.split(16, -1)
     (attend(q, k, v) + v.sin()).square().sum().backward()
     torch.testing.assert_close(whole.grad, plain.grad)
-    assert copied == [((140, 16), twice)]
+    assert copied == ([((140, 16), True)] if twice else 3 * [((140, 16), False)])
 
 
 def test_two_attentions_of_the_same_parts(copied):
@@ -155,41 +132,20 @@ def test_keys_of_another_projection(copied):
     assert copied == []
 
 
-def test_a_gradient_that_somebody_holds_is_not_written_over():
-    whole = draw(2, 70, 48).requires_grad_()
-    q, k, v = parts(whole, (16, 16, 16))
-    y = attend(q, k, v)
-    first, second = draw(2, 70, 16, seed=1), draw(2, 70, 16, seed=2)
-    (held,) = torch.autograd.grad(y, q, first, retain_graph=True)
-    kept = held.clone()
-    (again,) = torch.autograd.grad(y, q, second, retain_graph=True)
-    (dwhole,) = torch.autograd.grad(y, whole, second)
-    assert torch.equal(held, kept) and not torch.equal(again, kept)
-    assert torch.equal(dwhole[..., :16], again)
+def test_traced_symbolically():
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            a, b, again = parts(x, 2, twice=(1,))[:3]
+            return a + b * again
 
+    class Two(torch.nn.Module):
+        def forward(self, x):
+            a = parts(x, (5, 7))
+            return a[0].sum() + a[1].sum()
 
-def test_a_gradient_that_looks_like_a_place_is_left_alone():
-    """A slice of somebody's tensor, which lies there as that of the whole does."""
-    whole = draw(2, 30, 48).requires_grad_()
-    theirs = draw(2, 30, 48, seed=1)
-    before = theirs.clone()
-    q, _, v = parts(whole, (16, 16, 16))
-    torch.autograd.backward((q, v), (theirs[..., :16], theirs[..., 32:]))
-    assert torch.equal(theirs, before)
-    assert torch.equal(whole.grad[..., 16:32], torch.zeros(2, 30, 16, device=DEVICE))
-    assert torch.equal(whole.grad[..., :16], theirs[..., :16])
-
-
-def test_hooks_are_heard():
-    whole = draw(2, 30, 48).requires_grad_()
-    plain = whole.detach().clone().requires_grad_()
-    q, k, v = parts(whole, (16, 16, 16))
-    k.register_hook(lambda dk: 3 * dk)
-    attend(q, k, v).square().sum().backward()
-    q, k, v = plain.split(16, -1)
-    k.register_hook(lambda dk: 3 * dk)
-    attend(q, k, v).square().sum().backward()
-    assert torch.equal(whole.grad, plain.grad)
+    x = draw(3, 12)
+    for traced in (Module(), Two()):
+        torch.testing.assert_close(torch.fx.symbolic_trace(traced)(x), traced(x))
 
 
 @pytest.mark.parametrize("frozen", ["q", "keys"])

@@ -1,7 +1,7 @@
-"""A gradient written where it belongs among those of the other parts, or added to what is there.
+"""A gradient, or the sum of two, written where it belongs among those of the other parts.
 
-x, y and out `(R, C)`, each with rows of its own stride: out = x, x + y or out + x, in float32, or
-float64 of float64, rounded once.
+x, y and out `(R, C)`, each with rows of its own stride: out = x or x + y, in float32, or float64 of
+float64, rounded once.
 """
 
 import math
@@ -22,8 +22,7 @@ ELEMENTS, COLUMNS = 4096, 128
 @kernel
 def place_kernel(
     out, x, y, stride_out: "i64", stride_x: "i64", stride_y: "i64", rows: "i64", width: "i32",
-    UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
-    ACC: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # Blocks of columns are fastest: programs that run together share the lines they meet in.
     columns = tl.cdiv(width * UNIT, BLOCK)
@@ -31,24 +30,19 @@ def place_kernel(
     o_r = (i_r.to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     o_c = (i_c.to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[None, :]
     mask = (o_r < rows) & inside(o_c, width, UNIT)
-    out += o_r * (stride_out * UNIT) + o_c
     value = tl.load(x + o_r * (stride_x * UNIT) + o_c, mask=mask, other=0.0)
-    if ADD:
-        value = value.to(ACC) + tl.load(out, mask=mask, other=0.0).to(ACC)
-    elif y is not None:
+    if y is not None:
         b_y = tl.load(y + o_r * (stride_y * UNIT) + o_c, mask=mask, other=0.0)
         value = value.to(ACC) + b_y.to(ACC)
+    out += o_r * (stride_out * UNIT) + o_c
     tl.store(out, value.to(out.dtype.element_ty), mask=mask)
 
 
 @lru_cache(maxsize=1024)
 def plan_place(
-    rows: int, columns: int, strides: tuple[int, int, int], dtype: torch.dtype, add: bool
+    rows: int, columns: int, strides: tuple[int, int, int], dtype: torch.dtype
 ) -> Launch:
-    """strides: From one row of out, x and y to the next; of a y that is not there any.
-
-    add: Whether out is added to.
-    """
+    """strides: From one row of out, x and y to the next; of a y that is not there 0."""
     unit = math.gcd(16 // dtype.itemsize, columns, *strides)
     block = min(COLUMNS, triton.next_power_of_2(columns))
     tall = min(ELEMENTS // block, triton.next_power_of_2(rows))
@@ -56,6 +50,6 @@ def plan_place(
         place_kernel,
         (triton.cdiv(columns, block) * triton.cdiv(rows, tall), 1),
         (*(stride // unit for stride in strides), rows, columns // unit),
-        {"UNIT": unit, "ROWS": tall, "BLOCK": block, "ADD": add, "ACC": Tiling.acc(dtype)},
+        {"UNIT": unit, "ROWS": tall, "BLOCK": block, "ACC": Tiling.acc(dtype)},
         {"num_warps": warps(tall * block), "num_stages": 1},
     )
