@@ -16,7 +16,7 @@ import torch
 
 from .autocast import cast_for_autocast, without_autocast
 from .autograd import differentiable_by, needs_gradient, ordinary, refuse_second_derivative
-from .checks import choose_implementation
+from .checks import check_feature_dim, choose_implementation
 from .functional import simple_la
 from .inlining import inline
 from .layout import empty_like_order
@@ -24,6 +24,7 @@ from .library import LIBRARY, empty_state, sum_dtype
 from .places import gradients_in, places
 from .reference import simple_la_reference
 from .replay import replayed
+from .tensor_checks import check_tensors
 
 _INPUTS = "Tensor q, Tensor k, Tensor v"
 _OPTIONS = "str feature_map, float scale"
@@ -195,6 +196,8 @@ def centred_la(
         mean = v.mean(2, keepdim=True)
         o = simple_la(q, k, v - mean, feature_map=feature_map, scale=scale)
         return o, mean.squeeze(2)
+    check_tensors(q, k, v)
+    check_feature_dim(q.shape[-1], feature_map or "none")
     options = feature_map or "none", scale
     if not ordinary(q, k, v):
         return torch.ops.fbila.centred_la(q, k, v, *options)

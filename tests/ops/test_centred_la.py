@@ -180,3 +180,12 @@ def test_as_an_op_of_pytorch(dtype):
     leaves = [x.detach().requires_grad_() for x in inputs]
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     opcheck(torch.ops.fbila.centred_la.default, (*leaves, "none", 0.1), test_utils=tests)
+
+
+def test_heads_that_are_too_wide():
+    (q, k, v), _ = problem(torch.float16, (8, 4, 300))
+    with pytest.raises(ValueError, match="head_dim up to 256 is supported"):
+        centred_la(q, k, v, None, 1.0)
+    (q, k, v), _ = problem(torch.float16, (8, 300, 4))
+    with pytest.raises(ValueError, match="head_dim up to 256 is supported"):
+        centred_la(q, k, v, None, 1.0)

@@ -77,8 +77,8 @@ def centre_gradient_kernel(
         o_z = i_bh * (K * V + K) + K * V + o_k
         b_ds = tl.load(dstate + o_s, mask=m_s, other=0.0) * tl.full((), factor, ACC)
         b_z = tl.load(state + o_z, mask=m_k, other=0.0)
-        b_dm -= tl.sum(b_z[:, None] * b_ds, 0)
         b_ds = rounded(b_ds, dtype)
+        b_dm -= tl.sum(b_z[:, None] * b_ds, 0)
         tl.store(operand + o_s, b_ds, mask=m_s)
         tl.store(operand + o_z, -tl.sum(b_ds * b_m[None, :], 1), mask=m_k)
     tl.store(share + i_bh * V + o_v, b_dm / tl.cast(M, ACC), mask=m_v)
