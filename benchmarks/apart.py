@@ -176,9 +176,12 @@ def _halted(started: Sequence[_Started]) -> Iterator[None]:
 
 
 def _next(child: Any) -> str:
-    """Has a process that is ready take its turn; what it says after that."""
-    child.stdin.write("\n")
-    child.stdin.flush()
+    """Has a process that is ready take its turn; what it says after that, nothing if it is gone."""
+    try:
+        child.stdin.write("\n")
+        child.stdin.flush()
+    except BrokenPipeError:
+        return ""
     return child.stdout.readline()
 
 

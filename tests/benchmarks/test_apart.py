@@ -141,6 +141,21 @@ def test_the_ways_of_a_row_take_turns(log, monkeypatch):
     assert outcomes == {"one": taken, "broken": {"failed": "broken"}, "two": taken}
 
 
+def test_a_process_may_die_before_its_turn(log, monkeypatch):
+    class Gone(Child):
+        def write(self, text):
+            raise BrokenPipeError
+
+        def wait(self):
+            super().wait()
+            return -9
+
+    monkeypatch.setattr(apart, "_start", Gone)
+    row = three_rows()[0]
+    ((_, outcomes),) = measure_apart([row], arguments(1))
+    assert outcomes == {"official": {"failed": "its process ended with status -9"}}
+
+
 def test_a_timer_waits_before_each_turn(monkeypatch):
     """What it has measured is of all turns; nothing is new in them."""
     answers, calls = io.StringIO(), []
