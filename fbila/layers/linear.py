@@ -9,8 +9,8 @@ from .plain_modules import parameter
 class Linear(nn.Linear):
     """`nn.Linear`, whose training on a GPU sums the bias's gradient by a kernel.
 
-    Compiled, in inference and for fewer than 2^25 elements on either side, or 2^17 rows, it is
-    PyTorch's own.
+    Compiled and in inference it is PyTorch's own, and for fewer than 2^25 elements on either side,
+    but for a bias of 2^17 rows or more and 2^23 elements.
 
     Args:
         in_features, out_features, bias, device, dtype: Those of `nn.Linear`.
