@@ -87,6 +87,20 @@ def load_below(
     return load_row(p + BELOW * row_step, step, o_x, width, mask, True, PIXELS, KERNEL)
 
 
+@triton.jit
+def next_rows(
+    later, p, row_step, step, row, end, o_x, width, there,
+    TWO_AHEAD: tl.constexpr, PIXELS: tl.constexpr, KERNEL: tl.constexpr,
+):  # fmt: skip
+    """The `row`th row, which is at p, and what is on its way behind it."""
+    if TWO_AHEAD:
+        below = load_below(p, row_step, step, row, end, o_x, width, there, 1, PIXELS, KERNEL)
+        return later, below
+    else:
+        ahead = load_below(p, row_step, step, row, end, o_x, width, there, 0, PIXELS, KERNEL)
+        return ahead, later
+
+
 @kernel
 def depthwise_conv_kernel(
     x, taps, bias, other, gate, y,
@@ -136,11 +150,9 @@ def depthwise_conv_kernel(
             pixels = gelu_of(pixels)
         row += 1
         p_x += down
-        if TWO_AHEAD:
-            ahead = later
-            later = load_below(p_x, down, right, row, end, o_x, width, there, 1, PIXELS, KERNEL)
-        else:
-            ahead = load_below(p_x, down, right, row, end, o_x, width, there, 0, PIXELS, KERNEL)
+        ahead, later = next_rows(
+            later, p_x, down, right, row, end, o_x, width, there, TWO_AHEAD, PIXELS, KERNEL
+        )
         _z, sums = add_row(sums, pixels, b_taps, b_0, PIXELS, KERNEL)
 
     position = first[:, None].to(tl.int64) * width + column
@@ -162,11 +174,9 @@ def depthwise_conv_kernel(
             pixels = gelu_of(pixels)
         row += 1
         p_x += down
-        if TWO_AHEAD:
-            ahead = later
-            later = load_below(p_x, down, right, row, end, o_x, width, there, 1, PIXELS, KERNEL)
-        else:
-            ahead = load_below(p_x, down, right, row, end, o_x, width, there, 0, PIXELS, KERNEL)
+        ahead, later = next_rows(
+            later, p_x, down, right, row, end, o_x, width, there, TWO_AHEAD, PIXELS, KERNEL
+        )
         beside, times = extra, factors
         m_next = there & (i + 1 < left)
         if other is not None:
